@@ -1,0 +1,1 @@
+"""Pretraining of BERT and GPT models with DeepSpeed, and what is done with the models afterwards."""

@@ -1,0 +1,99 @@
+"""The flags of `pretrain.py`: its own few, and one for every field of the recipe."""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_prep.errors import UserError
+from pipeline import recipe as recipes
+
+EXAMPLES = """\
+examples:
+  deepspeed pipeline/pretrain.py --deepspeed_config ds_configs/zero2.json
+  deepspeed pipeline/pretrain.py --deepspeed_config ds_configs/zero2.json --recipe pipeline/recipes/gpt2-124m.yaml \\
+      --data.shards data/corpus --data.tokenizer data/tokenizer --output_dir runs/first --training.max_steps 1000
+  deepspeed --hostfile hostfile pipeline/pretrain.py --deepspeed_config ds_configs/zero3.json --recipe my.yaml
+"""
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What the command line said; recipe overrides as (dotted name, text)."""
+
+    deepspeed_config: Path
+    recipe: Path
+    output_dir: Path
+    resume: str
+    overrides: tuple[tuple[str, str], ...]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="deepspeed pipeline/pretrain.py",
+        description="Pretrain a GPT (causal) or BERT (masked-LM) model on token shards.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--deepspeed_config",
+        type=Path,
+        required=True,
+        metavar="JSON",
+        help="how it is carried out (ds_configs/)",
+    )
+    parser.add_argument(
+        "--recipe",
+        type=Path,
+        default=recipes.DEFAULT_RECIPE,
+        metavar="YAML",
+        help="what is trained (default: demo-gpt)",
+    )
+    parser.add_argument(
+        "--output_dir", type=Path, metavar="D", help="folder of the run (default: runs/<recipe's name>)"
+    )
+    parser.add_argument(
+        "--resume",
+        default="auto",
+        metavar="auto|none|PATH",
+        help="auto: go on from the newest checkpoint in --output_dir, if any; none: start anew, refuse a folder"
+        " that holds checkpoints; PATH: start from that checkpoint folder (default: %(default)s)",
+    )
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher's; LOCAL_RANK says the same
+    group = parser.add_argument_group("recipe fields, each overriding the file's")
+    for name, (section, attribute) in recipes.fields().items():
+        info = section.model_fields[attribute]
+        default = "" if info.is_required() else f" (default: {info.get_default()})"
+        group.add_argument(
+            f"--{name}",
+            metavar="VALUE",
+            help=f"{info.description}{default}".replace("%", "%%"),
+            dest=f"field:{name}",
+        )
+    return parser
+
+
+def parse_arguments(argv: list[str]) -> Arguments:
+    """Parses the command line; raises UserError for an unknown flag."""
+    parsed, unknown = _parser().parse_known_args(argv)
+    overrides = [
+        (name.removeprefix("field:"), value)
+        for name, value in vars(parsed).items()
+        if name.startswith("field:") and value is not None
+    ]
+    while unknown:
+        name, joined, value = unknown.pop(0).partition("=")
+        if not name.startswith("--"):
+            raise UserError(f"unexpected argument {name!r}; `--help` lists the flags")
+        if not joined:
+            if not unknown:
+                raise UserError(f"{name} needs a value")
+            value = unknown.pop(0)
+        overrides.append((name.removeprefix("--"), value))
+    return Arguments(
+        deepspeed_config=parsed.deepspeed_config,
+        recipe=parsed.recipe,
+        output_dir=parsed.output_dir or Path("runs") / parsed.recipe.stem,
+        resume=parsed.resume,
+        overrides=tuple(overrides),
+    )

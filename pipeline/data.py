@@ -1,0 +1,141 @@
+"""The data of a run: tokenizer, shards and plan checked against one another, and batches made ahead of the step."""
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data_prep.encoding import TokenizerInfo, load_tokenizer_info
+from data_prep.errors import UserError
+from data_prep.manifest import MANIFEST_NAME
+from data_prep.pack import Plan, make_plan, read_plan, write_plan
+from data_prep.shards import ShardSet
+from pipeline.recipe import DataSection, Recipe
+from pipeline.samples import Batch, Samples
+
+_BATCHES_AHEAD = 2
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run trains and evaluates on."""
+
+    tokenizer: TokenizerInfo
+    shards: ShardSet
+    plan: Plan
+    train: Samples
+    validation: Samples
+
+
+def is_missing(section: DataSection) -> bool:
+    """True when the shards are not there (or not finished) but the recipe says how to make them."""
+    return section.prepare is not None and not (Path(section.shards) / MANIFEST_NAME).exists()
+
+
+def prepare(section: DataSection) -> None:
+    """Runs the recipe's data_prep job; raises UserError when it fails or makes other shards."""
+    from data_prep import run
+    from data_prep.__main__ import run_stage
+
+    assert section.prepare is not None
+    for stage, argv in run.read_job(Path(section.prepare)):
+        print(f"== data_prep {stage}", flush=True)
+        run_stage(stage, argv)
+    if is_missing(section):
+        raise UserError(f"data.prepare: {section.prepare} does not make data.shards {section.shards}")
+
+
+def plan_samples(recipe: Recipe) -> None:
+    """Writes the plan of the recipe's samples beside the shards where it is not there yet."""
+    section = recipe.data
+    shards = ShardSet.open(Path(section.shards))
+    settings = (recipe.objective, section.sequence_length, section.validation_fraction)
+    if read_plan(shards, *settings) is None:
+        write_plan(shards.folder, make_plan(shards, *settings))
+
+
+def open_data(recipe: Recipe) -> Data:
+    """Opens tokenizer, shards and plan.
+
+    Raises UserError when one is missing, or when the shards were made with another tokenizer.
+    """
+    section = recipe.data
+    folder = Path(section.shards)
+    if not (folder / MANIFEST_NAME).exists():
+        raise UserError(
+            f"data.shards: {folder} holds no finished shards; make them with `python -m data_prep tokenize --input ..."
+            f" --tokenizer {section.tokenizer} --output_dir {folder}`"
+        )
+    shards = ShardSet.open(folder)
+    tokenizer = load_tokenizer_info(Path(section.tokenizer))
+    if tokenizer.fingerprint != shards.tokenizer_fingerprint:
+        raise UserError(
+            f"data.tokenizer {section.tokenizer} has fingerprint {tokenizer.fingerprint[:12]}, but the shards in"
+            f" {folder} were made with {shards.tokenizer_fingerprint[:12]}; name the tokenizer that made them,"
+            " or tokenize again"
+        )
+    plan = read_plan(shards, recipe.objective, section.sequence_length, section.validation_fraction)
+    if plan is None:
+        raise UserError(f"{folder} has no plan for these samples; run `python -m data_prep pack` (see --help)")
+    train, validation = (
+        Samples(shards, plan, split, seed=recipe.seed, special=tokenizer.special, masking=recipe.masking)
+        for split in ("train", "validation")
+    )
+    return Data(tokenizer, shards, plan, train, validation)
+
+
+def validation_batches(
+    samples: Samples, *, count: int, micro_batch_size: int, world_size: int, rank: int
+) -> Iterator[Batch]:
+    """This rank's share of the first `count` held-out samples; every rank gets equally many batches, filled up with
+    rows that have no targets."""
+    count = min(count, samples.size)
+    stride = micro_batch_size * world_size
+    for start in range(0, count, stride):
+        numbers = start + rank * micro_batch_size + np.arange(micro_batch_size)
+        yield samples.batch(np.where(numbers < count, numbers, -1))
+
+
+class Ahead:
+    """Makes the batches of coming steps in a thread, so that the step does not wait for them.
+
+    make: the batches of a step, called for first_step, first_step + 1, ... below end_step.
+    """
+
+    def __init__(self, make: Callable[[int], list[Batch]], first_step: int, end_step: int) -> None:
+        self._ready: queue.Queue[list[Batch] | BaseException] = queue.Queue(_BATCHES_AHEAD)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._fill, args=(make, first_step, end_step), daemon=True)
+        self._thread.start()
+
+    def _fill(self, make: Callable[[int], list[Batch]], first_step: int, end_step: int) -> None:
+        item: list[Batch] | BaseException
+        for step in range(first_step, end_step):
+            try:
+                item = make(step)
+            except BaseException as error:  # handed to the training thread, which raises it
+                item = error
+            while not self._stop.is_set():
+                try:
+                    self._ready.put(item, timeout=0.1)
+                    break
+                except queue.Full:
+                    continue
+            if self._stop.is_set() or isinstance(item, BaseException):
+                return
+
+    def next(self) -> tuple[list[Batch], float]:
+        """The batches of the next step, and the seconds that it waited for them."""
+        started = time.perf_counter()
+        item = self._ready.get()
+        if isinstance(item, BaseException):
+            raise item
+        return item, time.perf_counter() - started
+
+    def close(self) -> None:
+        self._stop.set()
+        self._thread.join()

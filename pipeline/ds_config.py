@@ -1,0 +1,115 @@
+"""The recipe and the ds_config agree, or the run does not start.
+
+A ds_config may state what belongs to the recipe (batch size, optimizer, scheduler, clipping) if the recipe says the
+same or leaves it out; what the recipe leaves out is taken from there.
+"""
+
+import copy
+from typing import Any
+
+from data_prep.errors import UserError
+from pipeline.batch import BatchPlan
+from pipeline.recipe import Recipe
+
+# ds_config key -> recipe field that holds the same thing.
+_SHARED = {
+    "train_batch_size": "training.global_batch_size",
+    "gradient_clipping": "optimizer.gradient_clipping",
+    "optimizer.type": "optimizer.type",
+    "optimizer.params.lr": "optimizer.lr",
+    "optimizer.params.betas": "optimizer.betas",
+    "optimizer.params.eps": "optimizer.eps",
+    "optimizer.params.weight_decay": "optimizer.weight_decay",
+    "scheduler.type": "schedule.type",
+    "scheduler.params.warmup_max_lr": "optimizer.lr",
+    "scheduler.params.warmup_num_steps": "schedule.warmup_steps",
+    "scheduler.params.total_num_steps": "training.max_steps",
+}
+# DeepSpeed's schedulers (deepspeed/runtime/lr_schedules.py) by the shape that they share with ours.
+_SCHEDULES = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
+
+
+def _leaves(config: dict[str, Any], prefix: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        name = f"{prefix}.{key}"
+        found.update(_leaves(value, name) if isinstance(value, dict) else {name: value})
+    return found
+
+
+def merge_into_recipe(
+    raw: dict[str, Any], config: dict[str, Any], *, recipe_source: str, config_source: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Moves what the ds_config states of the recipe's matters into the (unchecked) recipe.
+
+    Returns both without touching the arguments. Raises UserError where the two contradict each other, or where the
+    ds_config's optimizer or scheduler states something that the recipe cannot express.
+    """
+    raw, config = copy.deepcopy(raw), copy.deepcopy(config)
+    stated: dict[str, Any] = {key: config[key] for key in ("train_batch_size", "gradient_clipping") if key in config}
+    for section in ("optimizer", "scheduler"):
+        stated.update(_leaves(config.get(section) or {}, section))
+    for key, value in stated.items():
+        if key not in _SHARED:
+            raise UserError(
+                f"{config_source}: {key} cannot be taken over; state the {key.split('.')[0]} in the recipe and leave it"
+                " out of the ds_config"
+            )
+        if key == "scheduler.type":
+            if value not in _SCHEDULES:
+                raise UserError(
+                    f"{config_source}: scheduler.type is {value!r}, expected one of {', '.join(_SCHEDULES)};"
+                    " or state the schedule in the recipe"
+                )
+            value = _SCHEDULES[value]
+        section, _, field = _SHARED[key].partition(".")
+        known = raw.setdefault(section, {})
+        if field in known and not _equal(known[field], value):
+            raise UserError(
+                f"{config_source}: {key} is {value!r}, but {section}.{field} is {known[field]!r} in {recipe_source};"
+                " the recipe decides it: leave the key out of the ds_config or make them equal"
+            )
+        known.setdefault(field, value)
+    for key in ("train_batch_size", "gradient_clipping", "optimizer", "scheduler"):
+        config.pop(key, None)
+    return raw, config
+
+
+def _equal(left: Any, right: Any) -> bool:
+    if isinstance(left, list | tuple) and isinstance(right, list | tuple):
+        return len(left) == len(right) and all(_equal(a, b) for a, b in zip(left, right, strict=True))
+    try:
+        return float(left) == float(right)  # YAML 1.1 reads 6e-4 as text
+    except (TypeError, ValueError):
+        return str(left).lower() == str(right).lower()
+
+
+def complete_ds_config(config: dict[str, Any], recipe: Recipe, batches: BatchPlan) -> dict[str, Any]:
+    """The configuration that DeepSpeed gets: the ds_config with the recipe's numbers filled in."""
+    return {
+        "steps_per_print": 1 << 62,  # the run's own log says it
+        **config,
+        "train_batch_size": batches.global_batch_size,
+        "train_micro_batch_size_per_gpu": batches.micro_batch_size,
+        "gradient_accumulation_steps": batches.gradient_accumulation_steps,
+        "gradient_clipping": recipe.optimizer.gradient_clipping,
+    }
+
+
+def precision(config: dict[str, Any]) -> str:
+    """ "bf16", "fp16" or "fp32": the precision of the weights that the forward pass uses."""
+    for name in ("bf16", "fp16"):
+        if (config.get(name) or {}).get("enabled"):
+            return name
+    return "fp32"
+
+
+def zero_stage(config: dict[str, Any]) -> int:
+    return int((config.get("zero_optimization") or {}).get("stage", 0))
+
+
+def offloads_optimizer(config: dict[str, Any]) -> bool:
+    if zero_stage(config) == 0:
+        return False
+    device = ((config.get("zero_optimization") or {}).get("offload_optimizer") or {}).get("device", "none")
+    return str(device) in ("cpu", "nvme")

@@ -1,0 +1,115 @@
+"""What a run leaves for people: `metrics.jsonl`, TensorBoard, and a progress bar or lines on the terminal."""
+
+import json
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from data_prep import durable
+
+METRICS_NAME = "metrics.jsonl"
+_LINE_SECONDS = 10.0
+
+
+class Metrics:
+    """Writes rank 0's metrics; on other ranks every method does nothing.
+
+    first_step: steps done before this start. Lines and events of later steps, which a resumed run repeats, are
+    dropped.
+    """
+
+    def __init__(
+        self, output_dir: Path, *, first_step: int, max_steps: int, enabled: bool, logger: logging.Logger
+    ) -> None:
+        self._enabled = enabled
+        if not enabled:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        path = output_dir / METRICS_NAME
+        if path.exists():
+            kept = [line for line in path.read_bytes().splitlines(keepends=True) if _step_of(line) <= first_step]
+            durable.write_bytes(path, b"".join(kept))
+        self._file = open(path, "a", buffering=1)  # noqa: SIM115 - closed by `close`
+        self._board = SummaryWriter(str(output_dir / "tensorboard"), purge_step=first_step + 1)
+        self._logger = logger
+        self._last_line = time.monotonic()
+        self._bar = tqdm(
+            total=max_steps,
+            initial=first_step,
+            unit="step",
+            dynamic_ncols=True,
+            file=sys.stderr,
+            disable=not sys.stderr.isatty(),
+        )
+        self._max_steps = max_steps
+        self._first_step, self._started = first_step, time.monotonic()
+
+    def step(self, values: dict[str, Any]) -> None:
+        """Records one optimizer step; values as in DESIGN's `metrics.jsonl`."""
+        if not self._enabled:
+            return
+        step = values["step"]
+        self._file.write(json.dumps(values) + "\n")
+        for name, tag in _TAGS.items():
+            if values.get(name) is not None:
+                self._board.add_scalar(tag, values[name], step)
+        self._bar.set_postfix_str(f"loss {values['loss']:.3f}, {values['tokens_per_second']:,.0f} tokens/s", False)
+        self._bar.update(step - self._bar.n)
+        now = time.monotonic()
+        if self._bar.disable and (now - self._last_line > _LINE_SECONDS or step == self._max_steps):
+            self._last_line = now
+            remaining = (now - self._started) / (step - self._first_step) * (self._max_steps - step)
+            self._logger.info(
+                f"step {step:>6}/{self._max_steps}  loss {values['loss']:.4f}  lr {values['learning_rate']:.2e}"
+                f"  grad norm {values['grad_norm']:.2f}  {values['tokens_per_second']:,.0f} tokens/s"
+                f"  {tqdm.format_interval(remaining)} left"
+            )
+
+    def validation(self, step: int, loss: float) -> None:
+        """Records the validation loss (nats a token) after `step` steps."""
+        if not self._enabled:
+            return
+        self._file.write(json.dumps({"step": step, "validation": {"loss": loss}}) + "\n")
+        self._board.add_scalar("loss/validation", loss, step)
+        self._bar.clear()
+        self._logger.info(f"step {step:>6}/{self._max_steps}  validation loss {loss:.4f}")
+
+    def close(self) -> None:
+        if self._enabled:
+            self._bar.close()
+            self._file.close()
+            self._board.close()
+
+
+_TAGS = {
+    "loss": "loss/train",
+    "learning_rate": "optimizer/learning_rate",
+    "grad_norm": "optimizer/grad_norm",
+    "tokens_per_second": "throughput/tokens_per_second",
+    "step_seconds": "throughput/step_seconds",
+    "data_wait_seconds": "throughput/data_wait_seconds",
+    "mfu": "throughput/mfu",
+}
+
+
+def _step_of(line: bytes) -> float:
+    """The step of a metrics line; a torn last line counts as beyond every step."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+def read_validation(output_dir: Path) -> list[tuple[int, float]]:
+    """(step, loss) of every evaluation that a run's metrics hold."""
+    found = []
+    for line in (output_dir / METRICS_NAME).read_text().splitlines():
+        record = json.loads(line)
+        if "validation" in record:
+            found.append((record["step"], record["validation"]["loss"]))
+    return found

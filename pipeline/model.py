@@ -1,0 +1,157 @@
+"""Models from transformers configurations: which one, its size, its cost."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from data_prep.encoding import TokenizerInfo
+from data_prep.errors import UserError
+from pipeline.recipe import Recipe, nearest
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+MODELS = Path(__file__).parent / "models"
+# Names under which configurations keep the number of positions that the model has.
+_POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
+
+
+def read_model_config(config: str | dict[str, Any]) -> dict[str, Any]:
+    """The transformers configuration that a recipe's `model.config` names, as a dict with `model_type`.
+
+    Raises UserError for an unknown name, an unreadable file, or a file without model_type.
+    """
+    if isinstance(config, dict):
+        changes = dict(config)
+        base = changes.pop("base", None)
+        known = read_model_config(base) if base is not None else {}
+        if base is not None:
+            from transformers import AutoConfig
+
+            valid = sorted({*known, *AutoConfig.for_model(known["model_type"]).to_dict()})
+            for key in changes:
+                if key not in valid:
+                    raise UserError(f"model.config: {base} has no {key!r}; {nearest(key, valid)}")
+        merged = {**known, **changes}
+        if "model_type" not in merged:
+            raise UserError("model.config: give `base` (a shipped name or a config.json) or `model_type`")
+        return merged
+    shipped = sorted(path.stem for path in MODELS.glob("*.json"))
+    path = MODELS / f"{config}.json" if config in shipped else Path(config)
+    if path.is_dir():
+        path = path / "config.json"
+    try:
+        found = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(
+            f"model.config is {config!r}: no such file, and not shipped; {nearest(config, shipped)}"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.config: {path} cannot be read as JSON ({error})") from None
+    if not isinstance(found, dict) or "model_type" not in found:
+        raise UserError(f"model.config: {path} has no model_type; expected a transformers config.json")
+    return found
+
+
+def make_model_config(recipe: Recipe, tokenizer: TokenizerInfo) -> "PretrainedConfig":
+    """The transformers configuration of a recipe's model, with the tokenizer's vocabulary and special tokens.
+
+    Raises UserError when transformers does not know the model type or has no such objective for it, or when a sample
+    is longer than the model's positions.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
+
+    values = read_model_config(recipe.model.init_from or recipe.model.config)
+    model_type = values.pop("model_type")
+    special = tokenizer.special
+    padding = special.padding if special.padding is not None else special.end_of_document
+    values.update(bos_token_id=special.end_of_document, eos_token_id=special.end_of_document, pad_token_id=padding)
+    if recipe.model.init_from is None:
+        values["vocab_size"] = tokenizer.vocab_size
+    try:
+        config = AutoConfig.for_model(model_type, **values)
+    except ValueError:
+        raise UserError(f"model.config: transformers knows no model_type {model_type!r}") from None
+    except TypeError as error:
+        raise UserError(f"model.config: {error}") from None
+    heads = AutoModelForCausalLM if recipe.objective == "causal" else AutoModelForMaskedLM
+    if type(config) not in heads._model_mapping:
+        raise UserError(f"objective is {recipe.objective}, which transformers has no {model_type} model for")
+    positions = next((getattr(config, name) for name in _POSITIONS if getattr(config, name, None)), None)
+    if positions is not None and recipe.data.sequence_length > positions:
+        raise UserError(
+            f"data.sequence_length is {recipe.data.sequence_length}, but the model has {positions} positions"
+            f" ({model_type}); shorten the samples or raise the model's positions"
+        )
+    if config.vocab_size < tokenizer.vocab_size:
+        raise UserError(
+            f"model.init_from has a vocabulary of {config.vocab_size}, the tokenizer {tokenizer.vocab_size}: use the"
+            " tokenizer that the model came with"
+        )
+    return config
+
+
+def build_model(
+    config: "PretrainedConfig", objective: str, seed: int, init_from: str | None = None
+) -> "PreTrainedModel":
+    """The model in float32 with transformers' initialisation drawn from `seed`, or the weights of `init_from`."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+
+    heads = AutoModelForCausalLM if objective == "causal" else AutoModelForMaskedLM
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if init_from is not None:
+            return heads.from_pretrained(init_from, config=config, dtype=torch.float32, attn_implementation="sdpa")
+        return heads.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """parameters: all of them, tied ones once. matrix_parameters: those that each token is multiplied with (all but
+    the position and input embeddings; a tied input embedding counts, being the output matrix as well).
+
+    flops_a_token: of forward and backward, 6 a matrix parameter and 12 x layers x hidden x sequence for attention,
+    halved by the causal mask (Narayanan et al. 2021, section 5.1; PaLM, Chowdhery et al. 2022, appendix B).
+    """
+
+    parameters: int
+    matrix_parameters: int
+    flops_a_token: float
+
+
+def measure_model(model: "PreTrainedModel", objective: str, sequence_length: int) -> ModelSize:
+    from torch import nn
+
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    output = model.get_output_embeddings()
+    tied = None if output is None else output.weight
+    looked_up = sum(
+        module.weight.numel()
+        for module in model.modules()
+        if isinstance(module, nn.Embedding) and module.weight is not tied
+    )
+    text = model.config.get_text_config()
+    attention = 12.0 * text.num_hidden_layers * text.hidden_size * sequence_length
+    matrix = parameters - looked_up
+    return ModelSize(parameters, matrix, 6.0 * matrix + (attention / 2 if objective == "causal" else attention))
+
+
+# Dense bf16 peaks in FLOP/s from the makers' data sheets.
+PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "B200": 2250e12,
+    "A10": 125e12,
+    "RTX 4090": 165e12,
+}
+
+
+def peak_flops(device_name: str) -> float | None:
+    """The dense bf16 peak of a GPU by the name that CUDA gives it; None where it is not known (and on CPUs)."""
+    return next((peak for name, peak in PEAK_FLOPS.items() if name in device_name), None)

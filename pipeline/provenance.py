@@ -1,0 +1,115 @@
+"""`run.json`: everything that a run was made of; and the summary that is printed when it is done."""
+
+import importlib.metadata
+import json
+import logging
+import math
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from data_prep import durable
+from data_prep.errors import UserError
+from data_prep.shards import ShardSet, unigram_entropy
+from pipeline.data import Data
+from pipeline.metrics import read_validation
+from pipeline.recipe import Recipe
+
+RUN_NAME = "run.json"
+_PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "sentencepiece", "numpy")
+# Recipe fields that may change when a run goes on: they do not alter a step that was already taken.
+_FREE = (
+    "training.max_steps",
+    "training.max_tokens",
+    "evaluation.",
+    "checkpoint.",
+    "data.prepare",
+    "model.init_from",
+)
+
+
+def git_commit() -> str | None:
+    """The commit of this checkout, with "+changes" where files differ from it; None outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
+        changes = subprocess.run(["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, dict) and value:
+        return {name: leaf for key, inner in value.items() for name, leaf in _flat(inner, f"{prefix}{key}.").items()}
+    return {prefix.removesuffix("."): value}
+
+
+def check_unchanged(output_dir: Path, recipe: Recipe, data: Data) -> None:
+    """Raises UserError when a resumed run's recipe, shards or tokenizer are not those of its start, naming the fields
+    with both values."""
+    path = output_dir / RUN_NAME
+    if not path.exists():
+        return
+    try:
+        before = json.loads(path.read_bytes())
+        old, new = _flat(before["recipe"]), _flat(json.loads(recipe.model_dump_json()))
+        old["the shards' fingerprint"] = before["shards_fingerprint"]
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{path} is damaged ({error!r}); restore it or start another --output_dir") from None
+    new["the shards' fingerprint"] = data.shards.fingerprint
+    changed = [
+        f"{name} was {old.get(name)!r}, now {new.get(name)!r}"
+        for name in sorted({*old, *new})
+        if old.get(name) != new.get(name) and not name.startswith(_FREE)
+    ]
+    if changed:
+        raise UserError(
+            f"{output_dir} cannot be resumed as another run: {'; '.join(changed)}; give another --output_dir or change"
+            " it back"
+        )
+
+
+def record_run(output_dir: Path, recipe: Recipe, ds_config: dict[str, Any], data: Data) -> None:
+    """Writes `run.json`."""
+    durable.write_json(
+        output_dir / RUN_NAME,
+        {
+            "recipe": json.loads(recipe.model_dump_json()),
+            "deepspeed_config": ds_config,
+            "shards_fingerprint": data.shards.fingerprint,
+            "tokenizer_fingerprint": data.tokenizer.fingerprint,
+            "samples": {"train": data.train.size, "validation": data.validation.size},
+            "versions": {"python": platform.python_version()}
+            | {name: importlib.metadata.version(name) for name in _PACKAGES},
+            "git_commit": git_commit(),
+            "command": sys.argv,
+        },
+    )
+
+
+def read_run(output_dir: Path) -> dict[str, Any]:
+    """`run.json` of a run; raises UserError when there is none."""
+    path = output_dir / RUN_NAME
+    try:
+        found: dict[str, Any] = json.loads(path.read_bytes())
+        return found
+    except FileNotFoundError:
+        raise UserError(f"{output_dir} is no run: it has no {RUN_NAME}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error})") from None
+
+
+def log_summary(output_dir: Path, shards: ShardSet, seconds: float, logger: logging.Logger) -> None:
+    """Validation loss before and after, beside what a model without context would reach, and what to do next."""
+    evaluations = read_validation(output_dir)
+    logger.info(f"done in {seconds:.0f} s; {output_dir}")
+    if evaluations:
+        (first, before), (last, after) = evaluations[0], evaluations[-1]
+        logger.info(f"  validation loss     {before:.4f} (step {first}) -> {after:.4f} (step {last}) nats a token")
+        floor = unigram_entropy(shards)
+        logger.info(f"  unigram entropy     {floor:.4f} nats a token (reached without learning any context)")
+        logger.info(f"  perplexity          {math.exp(before):,.0f} -> {math.exp(after):,.1f}")
+    logger.info(f"  tensorboard --logdir {output_dir / 'tensorboard'}")

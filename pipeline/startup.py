@@ -1,0 +1,148 @@
+"""What happens before the run: threads, process group, logs, and where the time of it goes."""
+
+import contextlib
+import logging
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+def set_environment() -> None:
+    """Fills in what the launcher and the user have left open; must run before torch is imported.
+
+    Each rank gets its share of the cores: without a limit every rank's thread pool takes all of them, and two ranks
+    on two cores run about seven times slower. Without a launcher the process is a world of one rank.
+    """
+    local_ranks = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    cores = len(os.sched_getaffinity(0))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // local_ranks)))
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ.update(
+            RANK="0",
+            LOCAL_RANK="0",
+            WORLD_SIZE="1",
+            LOCAL_SIZE="1",
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+        )
+
+
+@dataclass
+class Timings:
+    """Seconds of each phase of the start, in order; the first counts from the start of the process."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    _last: float = field(default_factory=lambda: time.time())
+
+    @staticmethod
+    def since_process_start() -> "Timings":
+        import psutil
+
+        return Timings(_last=psutil.Process().create_time())
+
+    def finished(self, phase: str) -> None:
+        """Ends a phase that began when the one before ended."""
+        now = time.time()
+        self.seconds[phase] = now - self._last
+        self._last = now
+
+    def __str__(self) -> str:
+        phases = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in self.seconds.items())
+        return f"{sum(self.seconds.values()):.1f} s ({phases})"
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among the ranks, and its device."""
+
+    rank: int
+    local_rank: int
+    size: int
+    device: "torch.device"
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        import deepspeed.comm
+
+        deepspeed.comm.barrier()
+
+    @contextlib.contextmanager
+    def first_alone(self) -> Iterator[bool]:
+        """Yields True on rank 0 and False elsewhere; the others leave the block when rank 0 has left it.
+
+        Raises on every rank when rank 0 raised: a mistake that only rank 0 met must not leave the others waiting.
+        """
+        import torch
+
+        failed = torch.zeros(1, dtype=torch.int64, device=self.device)
+        try:
+            yield self.is_first
+        except BaseException:
+            failed += 1
+            raise
+        finally:
+            torch.distributed.broadcast(failed, 0)
+        if failed.item():
+            raise SystemExit(1)
+
+
+def init_distributed() -> World:
+    """Starts the process group over the launcher's environment (NCCL on GPUs, gloo on CPUs)."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    import deepspeed
+    import torch
+    from deepspeed.accelerator import get_accelerator
+
+    from pipeline.ops import skip_unused_ops
+
+    skip_unused_ops()
+    rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+    accelerator = get_accelerator()
+    if accelerator.device_name() != "cpu":
+        accelerator.set_device(local_rank)
+    # DeepSpeed prints to stdout that it found no extra backends; the run's own lines say what matters.
+    with contextlib.redirect_stdout(sys.stderr if os.environ.get("PRETRAIN_DEBUG") else open(os.devnull, "w")):
+        deepspeed.init_distributed(accelerator.communication_backend_name(), verbose=False)
+    name = accelerator.device_name()
+    device = torch.device(name if name == "cpu" else f"{name}:{local_rank}")
+    return World(rank, local_rank, torch.distributed.get_world_size(), device)
+
+
+def open_log(output_dir: Path, rank: int) -> logging.Logger:
+    """The run's logger: everything to `logs/rank_N.log`, rank 0's to the terminal as well.
+
+    What DeepSpeed and transformers log goes to the file alone.
+    """
+    folder = output_dir / "logs"
+    folder.mkdir(parents=True, exist_ok=True)
+    to_file = logging.FileHandler(folder / f"rank_{rank}.log")
+    to_file.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
+    for name in ("DeepSpeed", "transformers", "py.warnings"):
+        library = logging.getLogger(name)
+        library.handlers[:] = [to_file]
+        library.propagate = False
+    logging.captureWarnings(True)
+    logger = logging.getLogger("pretrain")
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    logger.handlers[:] = [to_file]
+    if rank == 0:
+        to_terminal = logging.StreamHandler(sys.stdout)
+        to_terminal.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(to_terminal)
+    return logger
