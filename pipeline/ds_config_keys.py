@@ -1,9 +1,9 @@
 """A DeepSpeed config checked key by key against DeepSpeed's own readers.
 
 DeepSpeed ignores a top-level key that it does not know (a misspelt `zero_optimization` trains at stage 0) and
-drops the value "auto" without a word. Here either is an error that names the key. The names come from DeepSpeed:
-its pydantic models (deepspeed/runtime/zero/config.py and others) are asked directly; where it reads a section as
-a plain dict, its reader is run once on a dict that notes which keys it looks up.
+drops the value "auto" without a word. Here either is an error that names the key. The names come from
+DeepSpeed: its pydantic models (deepspeed/runtime/zero/config.py and others) are asked directly; where it
+reads a section as a plain dict, its reader is run once on a dict that notes which keys it looks up.
 """
 
 import contextlib
@@ -19,8 +19,8 @@ from typing import Any
 
 from data_prep.errors import UserError
 
-# What may stand at a key: a DeepSpeedConfigModel class; the keys of an object, each with its own schema; one plain
-# value; or something that is not looked into.
+# What may stand at a key: a DeepSpeedConfigModel class; the keys of an object, each with its own schema; one
+# plain value; or something that is not looked into.
 SCALAR = "one value"
 FREE = "anything"
 Schema = Any
@@ -31,8 +31,8 @@ _AUTO_RESOLVED_BY_US = "train_micro_batch_size_per_gpu"
 def read_ds_config(path: Path) -> dict[str, Any]:
     """The JSON object in the file `path`, its keys not yet checked (see `check_ds_config_keys`).
 
-    Raises UserError for a file that is missing or unreadable, is not JSON, holds a key twice in one object, or
-    does not hold an object.
+    Raises UserError for a file that is missing or unreadable, is not JSON, holds a key twice in one object,
+    or does not hold an object.
     """
 
     def object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -64,11 +64,12 @@ def read_ds_config(path: Path) -> dict[str, Any]:
 
 
 def check_ds_config_keys(config: Mapping[str, Any], source: str) -> None:
-    """Refuses whatever DeepSpeed would ignore, drop or refuse later: unknown and removed keys, "auto", wrong types.
+    """Refuses what DeepSpeed would ignore, drop or refuse later: unknown and removed keys, "auto", wrong types.
 
-    `source` names the config in the message (its file). Raises UserError with one line on the first fault and the
-    number of further ones. "auto" is accepted for train_micro_batch_size_per_gpu, which this project resolves
-    before DeepSpeed sees it, and where "auto" is DeepSpeed's own default. Deprecated keys are accepted.
+    `source` names the config in the message (its file). Raises UserError with one line on the first fault and
+    the number of further ones. "auto" is accepted for train_micro_batch_size_per_gpu, which this project
+    resolves before DeepSpeed sees it, and where "auto" is DeepSpeed's own default. Deprecated keys are
+    accepted.
     """
     faults = list(_faults(config))
     if faults:
@@ -165,7 +166,8 @@ def _type_faults(model: type[Any], value: Mapping[str, Any], where: str) -> Iter
                 found = f"found {_shown(fault['input'])}; " if steps else ""
                 yield f"{path}: {found}{message.partition(', ')[2]}"
             else:
-                yield f"{path}: found {_shown(fault['input'])}, expected {message.removeprefix('Input should be ')}"
+                expected = message.removeprefix("Input should be ")
+                yield f"{path}: found {_shown(fault['input'])}, expected {expected}"
     except (AssertionError, ValueError, TypeError) as error:
         yield f"{where}: {error}"
 
@@ -174,8 +176,8 @@ def _type_faults(model: type[Any], value: Mapping[str, Any], where: str) -> Iter
 def top_level_schema() -> dict[str, Schema]:
     """Every top-level key that DeepSpeed reads from its config, with what may stand there.
 
-    Source: DeepSpeedConfig in deepspeed/runtime/config.py; tests/pipeline/test_ds_config_keys.py fails, naming
-    the key, when DeepSpeed reads one that is not here or no longer reads one that is.
+    Source: DeepSpeedConfig in deepspeed/runtime/config.py; tests/pipeline/test_ds_config_keys.py fails,
+    naming the key, when DeepSpeed reads one that is not here or no longer reads one that is.
     """
     from deepspeed.autotuning.config import DeepSpeedAutotuningConfig
     from deepspeed.autotuning.constants import (
@@ -291,7 +293,7 @@ def _checkpoint_schema() -> dict[str, Schema]:
 
 
 def _data_efficiency_schema() -> dict[str, Schema]:
-    """The data efficiency library copies whole sections and looks keys up later: its key names are its constants."""
+    """The data efficiency library copies sections and looks keys up later: its key names are its constants."""
     from deepspeed.runtime.data_pipeline import constants as d
 
     def named(prefix: str) -> dict[str, Schema]:
@@ -346,7 +348,7 @@ def _keys_read(reader: Callable[[Any], object]) -> dict[str, Schema]:
 
 
 def _optimizer_faults(section: Mapping[str, Any]) -> Iterator[str]:
-    """`optimizer.params` against the signatures of the classes that DeepSpeed picks from for `optimizer.type`."""
+    """`optimizer.params` against the signatures of the classes that `optimizer.type` may stand for."""
     import torch
     from deepspeed.ops.adagrad import DeepSpeedCPUAdagrad
     from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
@@ -354,8 +356,8 @@ def _optimizer_faults(section: Mapping[str, Any]) -> Iterator[str]:
     from deepspeed.ops.lion import DeepSpeedCPULion, FusedLion
     from deepspeed.runtime import config as runtime
 
-    # DeepSpeedEngine._configure_basic_optimizer and get_optimizer_configuration (runtime/engine.py). Muon and the
-    # mup optimizers split their parameters over two optimizers: theirs are not checked.
+    # DeepSpeedEngine._configure_basic_optimizer and get_optimizer_configuration (runtime/engine.py). Muon and
+    # the mup optimizers split their parameters over two optimizers: theirs are not checked.
     adam = (torch.optim.AdamW, torch.optim.Adam, DeepSpeedCPUAdam, FusedAdam)
     classes: dict[str, tuple[type, ...]] = {
         runtime.ADAM_OPTIMIZER: adam,
@@ -416,7 +418,8 @@ def _params_faults(
 
 
 def _unknown_value(where: str, value: str, known: list[str]) -> str:
-    return f"{where}: found {_shown(value)}, which neither DeepSpeed nor torch has{_suggestion(value, known, value)}"
+    suggestion = _suggestion(value, known, value)
+    return f"{where}: found {_shown(value)}, which neither DeepSpeed nor torch has{suggestion}"
 
 
 def _suggestion(found: str, known: list[str], where: str) -> str:
@@ -437,7 +440,7 @@ def _kind(value: Any) -> str:
 
 @contextlib.contextmanager
 def _quiet_deepspeed() -> Iterator[None]:
-    """Without DeepSpeed's warnings on deprecated keys, which it prints itself when it reads the config to train."""
+    """Without DeepSpeed's warnings on deprecated keys, which it prints when it reads the config to train."""
     from deepspeed.utils import logger
 
     before, logger.disabled = logger.disabled, True

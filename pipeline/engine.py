@@ -30,11 +30,14 @@ def parameter_groups(model: "torch.nn.Module", weight_decay: float) -> list[dict
 def make_optimizer(
     model: "torch.nn.Module", recipe: OptimizerSection, ds_config: dict[str, Any]
 ) -> "torch.optim.Optimizer":
-    """AdamW: torch's fused kernel, which needs no C++ op to be built, or DeepSpeed's where the states are offloaded."""
+    """AdamW: torch's fused kernel, which needs no C++ op to be built, or DeepSpeed's where the states are offloaded.
+
+    Its learning rate is 0 until a step sets one: DeepSpeed takes a step with zero gradients in its initialisation.
+    """
     import torch
 
     groups = parameter_groups(model, recipe.weight_decay)
-    common: dict[str, Any] = {"lr": recipe.lr, "betas": recipe.betas, "eps": recipe.eps}
+    common: dict[str, Any] = {"lr": 0.0, "betas": recipe.betas, "eps": recipe.eps}
     if offloads_optimizer(ds_config):
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
@@ -75,6 +78,9 @@ class Engine:
         self.deepspeed, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=ds_config, dist_init_required=False
         )
+        if zero_stage(ds_config) == 0 and precision(ds_config) != "fp32":
+            # That step (FP16_UnfusedOptimizer.initialize_optimizer_states) would count as Adam's first.
+            optimizer.state.clear()
         # In plain data parallelism in fp32 DeepSpeed clips without keeping the norm.
         self._measures_norm = zero_stage(ds_config) == 0 and precision(ds_config) == "fp32"
 

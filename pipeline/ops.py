@@ -1,9 +1,9 @@
 """DeepSpeed's C++ ops, built where everybody sees it and never waited for in silence.
 
-DeepSpeed compiles an op when a run first needs it, through torch.utils.cpp_extension.load. torch guards a build by
-the mere existence of a file named `lock`; a process that is killed while it builds leaves that file, and every
-later start waits for it for ever without a word. Here a run builds what it needs ahead, one process a host at a
-time under a lock that the kernel releases, and a `lock` that nobody holds is removed.
+DeepSpeed compiles an op when a run first needs it, through torch.utils.cpp_extension.load. torch guards a
+build by the mere existence of a file named `lock`; a process that is killed while it builds leaves that file,
+and every later start waits for it for ever without a word. Here a run builds what it needs ahead, one process
+a host at a time under a lock that the kernel releases, and a `lock` that nobody holds is removed.
 """
 
 import contextlib
@@ -24,7 +24,13 @@ from data_prep.errors import UserError
 CPU_ADAM = "cpu_adam"
 PIN_MEMORY = "pin_memory"
 ASYNC_IO = "async_io"
-_BUILDERS = {CPU_ADAM: "CPUAdamBuilder", PIN_MEMORY: "PinMemoryBuilder", ASYNC_IO: "AsyncIOBuilder"}
+GPU_DIRECT = "gds"
+_BUILDERS = {
+    CPU_ADAM: "CPUAdamBuilder",
+    PIN_MEMORY: "PinMemoryBuilder",
+    ASYNC_IO: "AsyncIOBuilder",
+    GPU_DIRECT: "GDSBuilder",
+}
 # Measured with two cores; what the user reads before the wait.
 _EXPECTED_BUILD_SECONDS = {CPU_ADAM: 60}
 _POLL_SECONDS = 0.1
@@ -37,9 +43,9 @@ _WHAT_TO_INSTALL = (
 def extensions_folder() -> Path:
     """Where compiled ops are kept: TORCH_EXTENSIONS_DIR if set, else a folder of this Python environment's own.
 
-    The folder is named for the Python and torch versions and the processor: ops are built with -march=native, and
-    machines with different processors may share one environment over a network file system. Where the environment
-    is not writable, the folder is in the user's cache folder (XDG_CACHE_HOME, else ~/.cache).
+    The folder is named for the Python and torch versions and the processor: ops are built with -march=native,
+    and machines with different processors may share one environment over a network file system. Where the
+    environment is not writable, the folder is in the user's cache folder (XDG_CACHE_HOME, else ~/.cache).
     """
     if chosen := os.environ.get("TORCH_EXTENSIONS_DIR"):
         return Path(chosen)
@@ -55,7 +61,8 @@ def extensions_folder() -> Path:
 def configure_environment() -> None:
     """Sets TORCH_EXTENSIONS_DIR where the user has not, and puts the folder of this Python on PATH.
 
-    torch starts `ninja` from PATH, and `.venv/bin/deepspeed` without activation does not have .venv/bin there.
+    torch starts `ninja` from PATH, and `.venv/bin/deepspeed` without activation does not have .venv/bin
+    there.
     """
     os.environ["TORCH_EXTENSIONS_DIR"] = str(extensions_folder())
     # Not resolved: in a virtual environment the executable is a link to a Python elsewhere.
@@ -65,11 +72,11 @@ def configure_environment() -> None:
         os.environ["PATH"] = f"{programs}{os.pathsep}{path}"
 
 
-def required_ops(ds_config: Mapping[str, Any]) -> list[str]:
-    """Names of the ops that a run with `ds_config` compiles and loads, on CPU ranks and GPUs alike.
+def required_ops(ds_config: Mapping[str, Any], device_type: str) -> list[str]:
+    """Names of the ops that a run with `ds_config` on `device_type` ("cpu", "cuda") compiles and loads.
 
-    Only offload needs any: the optimizer on the device is torch's own fused AdamW. NVMe needs asynchronous I/O as
-    well. Stage 0 offloads nothing.
+    Only offload needs any: the optimizer on the device is torch's own fused AdamW. NVMe needs asynchronous
+    I/O as well, and on a GPU with aio.use_gds the GPUDirect variant. Stage 0 offloads nothing.
     """
     zero = ds_config.get("zero_optimization", {})
     if not isinstance(zero, Mapping) or not zero.get("stage", 0):
@@ -79,6 +86,8 @@ def required_ops(ds_config: Mapping[str, Any]) -> list[str]:
     names = [CPU_ADAM] if optimizer_device in ("cpu", "nvme") else []
     if "nvme" in (optimizer_device, parameter_device):
         names += [PIN_MEMORY, ASYNC_IO]  # AsyncIOBuilder.load loads the former first.
+        if device_type == "cuda" and (ds_config.get("aio") or {}).get("use_gds"):
+            names.append(GPU_DIRECT)
     return names
 
 
@@ -86,8 +95,8 @@ def skip_unused_ops() -> None:
     """Keeps DeepSpeed from compiling its shared-memory communication op on CPU ranks; call before init_distributed.
 
     TorchBackend.__init__ (deepspeed/comm/torch.py) builds it at every first start, 35 s of g++, although only
-    inference_all_reduce uses it, which in training only tensor-parallel layers call (module_inject/layers.py) and
-    which falls back to gloo without it; gradients never go through it.
+    inference_all_reduce uses it, which in training only tensor-parallel layers call (module_inject/layers.py)
+    and which falls back to gloo without it; gradients never go through it.
     """
     import deepspeed
     from deepspeed.accelerator import get_accelerator
@@ -99,8 +108,8 @@ def skip_unused_ops() -> None:
 def build_ops(names: list[str], report: Callable[[str], None]) -> None:
     """Compiles and loads the ops `names` into this process, reporting what takes long; silent when all are cached.
 
-    Call it in every rank: one process a host compiles, the others wait for it and say so through `report`. Raises
-    UserError when an op cannot be compiled, with the compiler's first error and what to install.
+    Call it in every rank: one process a host compiles, the others wait for it and say so through `report`.
+    Raises UserError when an op cannot be compiled, with the compiler's first error and what to install.
     """
     if not names:
         return
@@ -113,10 +122,10 @@ def build_ops(names: list[str], report: Callable[[str], None]) -> None:
 
 
 def build_op(name: str, folder: Path, load: Callable[[], object], report: Callable[[str], None]) -> None:
-    """Calls `load`, which compiles the op `name` in `folder`/`name` unless it is there, under the host's build lock.
+    """Calls `load` under the host's build lock; it compiles the op `name` in `folder`/`name` unless it is there.
 
-    A `lock` of torch's in that folder is waited for while a process of this machine holds it, and removed when
-    none does. Raises UserError when `load` cannot compile.
+    A `lock` of torch's in that folder is waited for while a process of this machine holds it, and removed
+    when none does. Raises UserError when `load` cannot compile.
     """
     build_folder = folder / name
     build_folder.mkdir(parents=True, exist_ok=True)
@@ -169,7 +178,7 @@ def _build_lock(folder: Path, name: str, report: Callable[[str], None]) -> Itera
 
 
 def _remove_stale_lock(lock: Path, report: Callable[[str], None]) -> bool:
-    """Waits while a process of this machine builds beside `lock`; then True if `lock` was left behind, now removed."""
+    """Waits while a process of this machine builds beside `lock`; True if `lock` was left behind (and removed)."""
     told: int | None = None
     while (builder := _process_building(lock)) is not None:
         if builder != told:
@@ -186,8 +195,8 @@ def _remove_stale_lock(lock: Path, report: Callable[[str], None]) -> bool:
 def _process_building(lock: Path) -> int | None:
     """Id of a process that has torch's `lock` open, or a compiler that works in its folder; None without one.
 
-    torch keeps the file open while it builds (torch/utils/file_baton.py); ninja and the compiler run in its folder
-    and may outlive a killed parent.
+    torch keeps the file open while it builds (torch/utils/file_baton.py); ninja and the compiler run in its
+    folder and may outlive a killed parent.
     """
     folder = str(lock.parent.resolve())
     for process in Path("/proc").iterdir():

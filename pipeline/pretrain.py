@@ -79,7 +79,7 @@ def run(arguments: Arguments, timings: Timings) -> None:
                 logger.info(f"{recipe.data.shards} is missing: making it with {recipe.data.prepare}")
                 prepare(recipe.data)
             plan_samples(recipe)
-    ops.build_ops(ops.required_ops(ds_config), logger.info)  # once a host; its other ranks wait, visibly
+    ops.build_ops(ops.required_ops(ds_config, world.device.type), logger.info)  # once a host; its other ranks wait, visibly
     data = open_data(recipe)
     timings.finished("data")
 
@@ -100,7 +100,7 @@ def run(arguments: Arguments, timings: Timings) -> None:
         if first:
             if resume_from is not None:
                 provenance.check_unchanged(arguments.output_dir, recipe, data)
-            provenance.record_run(arguments.output_dir, recipe, ds_config, data)
+            provenance.record_run(arguments.output_dir, recipe, ds_config, data, model_config.to_dict())
     timings.finished("engine")
 
     for line in (

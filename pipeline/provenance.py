@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from pipeline.metrics import read_validation
 from pipeline.recipe import Recipe
 
 RUN_NAME = "run.json"
+TOKENIZER_FOLDER = "tokenizer"
 _PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "sentencepiece", "numpy")
 # Recipe fields that may change when a run goes on: they do not alter a step that was already taken.
 _FREE = (
@@ -72,13 +74,22 @@ def check_unchanged(output_dir: Path, recipe: Recipe, data: Data) -> None:
         )
 
 
-def record_run(output_dir: Path, recipe: Recipe, ds_config: dict[str, Any], data: Data) -> None:
-    """Writes `run.json`."""
+def record_run(
+    output_dir: Path, recipe: Recipe, ds_config: dict[str, Any], data: Data, model_config: dict[str, Any]
+) -> None:
+    """Writes `run.json`, and a copy of the tokenizer beside it: a run's folder is enough to export from."""
+    target = output_dir / TOKENIZER_FOLDER
+    if not target.exists():
+        with durable.replacing_folder(target) as temporary:
+            for path in data.tokenizer.folder.iterdir():
+                if path.is_file():
+                    shutil.copyfile(path, temporary / path.name)
     durable.write_json(
         output_dir / RUN_NAME,
         {
             "recipe": json.loads(recipe.model_dump_json()),
             "deepspeed_config": ds_config,
+            "model_config": model_config,
             "shards_fingerprint": data.shards.fingerprint,
             "tokenizer_fingerprint": data.tokenizer.fingerprint,
             "samples": {"train": data.train.size, "validation": data.validation.size},

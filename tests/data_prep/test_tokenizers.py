@@ -334,10 +334,15 @@ def test_empty_corpus_is_a_user_error(tmp_path, content):
         )
 
 
-def test_lone_surrogates_in_the_corpus_do_not_stop_training(tmp_path):
-    path = write_documents(tmp_path / "d.jsonl", ["the \ud800 quick \u2585 fox\x00 " * 40])
+def test_characters_that_sentencepiece_reserves_do_not_stop_training(tmp_path):
+    path = write_documents(tmp_path / "d.jsonl", ["the quick \u2585 fox\x00\ttab\u2581 " * 40])
     for kind, size in (("bpe", 370), ("unigram", 360), ("wordpiece", 150)):
         run("--input", path, "--output_dir", tmp_path / kind, "--type", kind, "--vocab_size", size)
+
+
+def test_text_around_characters_that_sentencepiece_reserves_is_not_skipped():
+    model = train_tokenizer.train_sentencepiece(["zebra\u2585 zebra\x00 \tzebra"] * 100, "bpe", 370)
+    assert sentencepiece.SentencePieceProcessor(model_proto=model).encode("zebra", out_type=str) == ["zebra"]
 
 
 def test_finished_job_is_kept_and_another_one_refused_until_overwrite(tmp_path, capsys):
@@ -424,9 +429,8 @@ def test_fingerprint_follows_the_tokenizer_files_alone(folders, tmp_path):
 
 
 def test_importing_encoding_imports_neither_torch_nor_transformers():
-    code = (
-        "import sys, data_prep.encoding; sys.exit(bool({'torch', 'transformers', 'sentencepiece'} & set(sys.modules)))"
-    )
+    unwanted = "{'torch', 'transformers', 'sentencepiece'}"
+    code = f"import sys, data_prep.encoding; sys.exit(bool({unwanted} & set(sys.modules)))"
     subprocess.run([sys.executable, "-c", code], cwd=Path(encoding.__file__).parents[1], check=True)
 
 

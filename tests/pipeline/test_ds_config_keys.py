@@ -39,7 +39,13 @@ def test_every_shipped_config_passes(path: Path) -> None:
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_a_shipped_config_leaves_to_the_recipe_what_is_the_recipes(path: Path) -> None:
-    of_recipe = {"optimizer", "scheduler", "gradient_clipping", "train_batch_size", "gradient_accumulation_steps"}
+    of_recipe = {
+        "optimizer",
+        "scheduler",
+        "gradient_clipping",
+        "train_batch_size",
+        "gradient_accumulation_steps",
+    }
     assert not of_recipe & read_ds_config(path).keys()
 
 
@@ -71,7 +77,8 @@ def test_a_shipped_config_leaves_to_the_recipe_what_is_the_recipes(path: Path) -
         ),
         (
             {"scheduler": {"type": "WarmupLR", "params": {"warmup_steps": 5}}},
-            'unknown key "scheduler.params.warmup_steps" (did you mean "scheduler.params.warmup_num_steps"?); '
+            'unknown key "scheduler.params.warmup_steps" '
+            '(did you mean "scheduler.params.warmup_num_steps"?); '
             "WarmupLR does not take it",
         ),
         (
@@ -217,7 +224,7 @@ class KeysOfTopLevel(ast.NodeVisitor):
     """
 
     def __init__(self, function: Callable[..., Any], holder: str, bound: dict[str, Any]) -> None:
-        self.namespace = inspect.getmodule(function).__dict__ | bound  # type: ignore[union-attr]
+        self.namespace = vars(sys.modules[function.__module__]) | bound
         self.holder = holder
         self.keys: set[str] = set()
         self.unresolved: set[str] = set()
@@ -280,7 +287,7 @@ class KeysOfTopLevel(ast.NodeVisitor):
         self.generic_visit(node)
 
     def follow(self, called: Callable[..., Any], node: ast.Call) -> None:
-        function = called.__init__ if isinstance(called, type) else called
+        function = vars(called)["__init__"] if isinstance(called, type) else called
         parameters = inspect.signature(called).parameters
         bound = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
         holder = ""
@@ -314,7 +321,7 @@ def keys_that_deepspeed_reads() -> set[str]:
         found = KeysOfTopLevel(method, holder, {})
         assert not found.unresolved, f"DeepSpeed reads keys that this test cannot name: {found.unresolved}"
         keys |= found.keys
-    return keys - _REMOVED_TOP_LEVEL_CONFIG_KEYS.keys()
+    return keys - set(_REMOVED_TOP_LEVEL_CONFIG_KEYS)
 
 
 def test_we_know_every_top_level_key_that_deepspeed_reads_and_no_other() -> None:

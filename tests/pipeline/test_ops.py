@@ -43,7 +43,7 @@ load(name="tiny_op", sources=[sys.argv[1]], is_python_module=False)
 
 
 class Workshop:
-    """A source, a folder for what is compiled of it, and a compiler that waits while the file `held_up` exists."""
+    """A source, a folder for its compiled form, and a compiler that waits while `held_up` exists."""
 
     def __init__(self, folder: Path) -> None:
         self.extensions = folder / "extensions"
@@ -104,7 +104,7 @@ def wait_until(condition: Callable[[], bool], seconds: float = 30) -> None:
 
 
 def kill_session(leader: int) -> None:
-    """Kills the process `leader`, which leads its session, and all that it started (ninja makes groups of its own)."""
+    """Kills the leader of a session and all that it started (ninja makes process groups of its own)."""
     for process in Path("/proc").iterdir():
         if process.name.isdigit():
             with contextlib.suppress(ProcessLookupError):
@@ -237,8 +237,13 @@ def test_a_failed_build_is_one_line_with_the_reason_and_what_to_install(
     ],
 )
 def test_only_offload_requires_an_op(zero_optimization: dict[str, object], names: list[str]) -> None:
-    assert ops.required_ops({"zero_optimization": zero_optimization}) == names
-    assert ops.required_ops({}) == []
+    assert ops.required_ops({"zero_optimization": zero_optimization}, "cpu") == names
+
+
+def test_gpu_direct_storage_is_an_op_of_its_own() -> None:
+    zero = {"stage": 3, "offload_param": {"device": "nvme"}}
+    config = {"zero_optimization": zero, "aio": {"use_gds": True}}
+    assert ops.required_ops(config, "cuda") == ["pin_memory", "async_io", "gds"]
 
 
 def test_ops_live_in_the_environment_or_else_in_the_users_cache(

@@ -1,0 +1,41 @@
+"""Run by the launcher: restores a run's newest checkpoint into an engine and saves its logits on fixed input."""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+import json
+
+import torch
+
+from pipeline import checkpoint
+from pipeline.ds_config import zero_stage
+from pipeline.engine import Engine
+from pipeline.model import build_model
+from pipeline.recipe import check_recipe
+from pipeline.startup import init_distributed, set_environment
+
+
+def main() -> None:
+    run_dir, output = Path(sys.argv[-2]), Path(sys.argv[-1])
+    set_environment()
+    world = init_distributed()
+    from transformers import AutoConfig
+
+    run = json.loads((run_dir / "run.json").read_text())
+    recipe, values = check_recipe(run["recipe"], "run.json"), dict(run["model_config"])
+    config = AutoConfig.for_model(values.pop("model_type"), **values)
+    # Another seed than the run's: the weights have to come from the checkpoint.
+    engine = Engine(build_model(config, recipe.objective, 99), recipe.optimizer, run["deepspeed_config"], world, 0)
+    folder = checkpoint.list_checkpoints(run_dir)[-1]
+    checkpoint.load(engine.deepspeed, folder, world, zero_stage=zero_stage(run["deepspeed_config"]))
+    engine.deepspeed.eval()
+    with torch.no_grad():
+        logits = engine.deepspeed(input_ids=torch.arange(96).view(3, 32)).logits
+    if world.is_first:
+        torch.save(logits, output)
+
+
+if __name__ == "__main__":
+    main()

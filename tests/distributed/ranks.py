@@ -1,0 +1,105 @@
+"""Starts the product as its users do: real ranks under DeepSpeed's real launcher."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+# Small enough for seconds, large enough that every kind of parameter is there.
+MODELS = {
+    "causal": {"base": "demo-gpt", "n_layer": 2, "n_embd": 32, "n_head": 2, "n_positions": 64},
+    "mlm": {
+        "base": "demo-bert",
+        "num_hidden_layers": 2,
+        "hidden_size": 32,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "max_position_embeddings": 64,
+    },
+}
+DROPOUT = {
+    "causal": {"embd_pdrop": 0.1, "resid_pdrop": 0.1, "attn_pdrop": 0.1},
+    "mlm": {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1},
+}
+NO_DROPOUT = {objective: dict.fromkeys(names, 0.0) for objective, names in DROPOUT.items()}
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A command that has ended."""
+
+    status: int
+    stdout: str
+    stderr: str
+
+    @property
+    def error_lines(self) -> list[str]:
+        return [line for line in self.stderr.splitlines() if line.startswith("error: ")]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def launch(ranks: int, script: str | Path, *arguments: object, check: bool = True) -> Finished:
+    """`deepspeed --num_accelerators RANKS SCRIPT ARGUMENTS...`; with `check`, a failure fails the test."""
+    command = [
+        str(Path(sys.executable).parent / "deepspeed"),
+        "--num_accelerators",
+        str(ranks),
+        "--master_port",
+        str(free_port()),
+        str(script),
+        *map(str, arguments),
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+    finished = Finished(done.returncode, done.stdout, done.stderr)
+    if check and done.returncode:
+        pytest.fail(f"exit status {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
+    return finished
+
+
+def pretrain(
+    ranks: int, ds_config: str, recipe: Path, output_dir: Path, *flags: object, check: bool = True
+) -> Finished:
+    return launch(
+        ranks, "pipeline/pretrain.py", "--deepspeed_config", ds_config, "--recipe", recipe,
+        "--output_dir", output_dir, *flags, check=check,
+    )  # fmt: skip
+
+
+def metrics(output_dir: Path) -> list[dict[str, Any]]:
+    """The steps of a run's metrics.jsonl."""
+    records = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+    return [record for record in records if "loss" in record]
+
+
+def relative_difference(left: float, right: float) -> float:
+    return abs(left - right) / abs(right)
+
+
+def ds_config_with(path: Path, base: str, **changes: Any) -> Path:
+    """A shipped ds_config with some top-level keys changed, written to `path`."""
+    config = json.loads((ROOT / "ds_configs" / base).read_text())
+    path.write_text(json.dumps({**config, **changes}))
+    return path
+
+
+def without_last_checkpoint(source: Path, target: Path, step: int) -> Path:
+    """A copy of a run as it was when it had just committed the checkpoint of `step`, killed later."""
+    shutil.copytree(source, target)
+    for folder in (target / "checkpoints").glob("step-*"):
+        if int(folder.name.removeprefix("step-")) > step:
+            shutil.rmtree(folder)
+    return target

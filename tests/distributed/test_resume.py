@@ -1,0 +1,100 @@
+"""Stop and resume on the same world size is bitwise the uninterrupted run, dropout on."""
+
+import hashlib
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.ranks import metrics, pretrain, without_last_checkpoint
+
+pytestmark = pytest.mark.ranks
+NUMBERS = ("step", "loss", "learning_rate", "grad_norm", "tokens", "samples")
+
+
+def tensors(value, path=""):
+    """(path, bytes) of every tensor in a nested structure, and the repr of every other leaf."""
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        yield path, hashlib.sha256(value.detach().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from tensors(inner, f"{path}.{key}")
+    elif isinstance(value, list | tuple):
+        for index, inner in enumerate(value):
+            yield from tensors(inner, f"{path}.{index}")
+    elif isinstance(value, int | float | str | bool | None):
+        yield path, repr(value)
+
+
+def states(checkpoint: Path) -> dict[str, dict[str, str]]:
+    """The weights, optimizer states and counters of every rank's files."""
+    import torch
+
+    return {
+        path.name: dict(tensors(torch.load(path, map_location="cpu", weights_only=False)))
+        for path in sorted(checkpoint.glob("*.pt"))
+    }
+
+
+@pytest.mark.parametrize(
+    "ds_config", ["zero0_fp32.json", "zero1.json", "zero2.json", "zero3.json"], ids=lambda name: Path(name).stem
+)
+def test_resume_is_bitwise_equal(ds_config, write_recipe, tmp_path):
+    recipe = write_recipe("mlm" if ds_config == "zero2.json" else "causal")
+    straight = tmp_path / "straight"
+    pretrain(2, f"ds_configs/{ds_config}", recipe, straight)
+    resumed = without_last_checkpoint(straight, tmp_path / "resumed", step=2)
+    finished = pretrain(2, f"ds_configs/{ds_config}", recipe, resumed)
+    assert "resumed from" in finished.stdout and "after step 2" in finished.stdout
+    for after, before in zip(metrics(resumed), metrics(straight), strict=True):
+        assert {name: after[name] for name in NUMBERS} == {name: before[name] for name in NUMBERS}
+    final = "checkpoints/step-00000004"
+    expected, found = states(straight / final), states(resumed / final)
+    assert len(expected) >= 2 and found == expected
+    assert expected != states(straight / "checkpoints/step-00000002"), "the comparison has to be able to fail"
+
+
+@pytest.fixture(scope="module")
+def finished_run(write_recipe, tmp_path_factory):
+    recipe = write_recipe("causal")
+    run = tmp_path_factory.mktemp("run") / "run"
+    pretrain(1, "ds_configs/zero2_fp32.json", recipe, run)
+    return recipe, run
+
+
+def test_a_finished_run_is_left_as_it_is(finished_run, tmp_path):
+    recipe, run = finished_run
+    before = (run / "metrics.jsonl").read_bytes()
+    finished = pretrain(1, "ds_configs/zero2_fp32.json", recipe, run)
+    assert "validation loss" in finished.stdout
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_flipped_byte_in_a_checkpoint_is_named_and_refused(finished_run, tmp_path):
+    recipe, run = finished_run
+    damaged = tmp_path / "run"
+    shutil.copytree(run, damaged)
+    victim = next((damaged / "checkpoints" / "step-00000004").glob("*optim_states.pt"))
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(content)
+    finished = pretrain(1, "ds_configs/zero2_fp32.json", recipe, damaged, check=False)
+    assert finished.status != 0
+    assert len(finished.error_lines) == 1 and victim.name in finished.error_lines[0]
+
+
+def test_another_recipe_is_refused_naming_the_field(finished_run):
+    recipe, run = finished_run
+    finished = pretrain(1, "ds_configs/zero2_fp32.json", recipe, run, "--optimizer.lr", "0.5", check=False)
+    assert finished.status != 0
+    assert len(finished.error_lines) == 1
+    assert "optimizer.lr was 0.01, now 0.5" in finished.error_lines[0]
+
+
+def test_another_world_size_is_refused_with_what_to_do(finished_run):
+    recipe, run = finished_run
+    finished = pretrain(2, "ds_configs/zero2_fp32.json", recipe, run, check=False)
+    assert finished.status != 0
+    assert [line for line in finished.error_lines if "written by 1 ranks" in line]
