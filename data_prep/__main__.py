@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import importlib
+import os
 import signal
 import sys
 from types import FrameType, ModuleType
@@ -79,6 +80,9 @@ def main() -> int:
         run_stage(name, argv[1:])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # `inspect ... | head` has read enough; Python's own flush at exit must not fail again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""

@@ -19,7 +19,15 @@ from typing import Any
 from data_prep import durable
 from data_prep.errors import UserError
 from data_prep.manifest import FileRecord, Manifest
-from data_prep.parts import Report, available_cores, finish_parts, prepare_output, run_parts
+from data_prep.parts import (
+    PARTS_FOLDER,
+    Report,
+    add_work_arguments,
+    finish_parts,
+    megabytes,
+    prepare_output,
+    run_parts,
+)
 
 SUMMARY = "Make documents from the docstrings of this machine's Python packages (a demo and test corpus)."
 EXAMPLES = """\
@@ -76,18 +84,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output_dir", type=Path, required=True, metavar="D", help="folder of the documents")
     parser.add_argument(
         "--max_megabytes",
-        type=float,
-        default=8.0,
+        dest="max_bytes",
+        type=megabytes,
+        metavar="MB",
+        default="8",
         help="stop reading packages at this size, in MB (default: %(default)s)",
     )
     parser.add_argument("--seed", type=int, default=1234, help="seed of the documents' order (default: %(default)s)")
-    parser.add_argument(
-        "--workers",
-        type=int,
-        default=available_cores(),
-        help="worker processes (default: the cores, %(default)s here)",
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace what --output_dir holds")
+    add_work_arguments(parser)
 
 
 def source_files() -> list[tuple[str, Path]]:
@@ -153,13 +157,14 @@ def builtin_corpus(
     files = _enough(source_files(), max_bytes)
     sizes = [path.stat().st_size for _, path in files]
     chunks = range(0, len(files), _FILES_A_PART)
-    records = [output_dir / ".parts" / f"docstrings-{start:06d}.jsonl" for start in chunks]
+    records = [output_dir / PARTS_FOLDER / f"docstrings-{start:06d}.jsonl" for start in chunks]
     run_parts(
         parse_files,
         [
             ([(name, str(path)) for name, path in files[start : start + _FILES_A_PART]], str(record))
             for start, record in zip(chunks, records, strict=True)
         ],
+        part_inputs=[[str(path) for _, path in files[start : start + _FILES_A_PART]] for start in chunks],
         part_bytes=[sum(sizes[start : start + _FILES_A_PART]) for start in chunks],
         output_dir=output_dir,
         job=job,
@@ -230,7 +235,7 @@ def _deduplicated(records: list[Path], max_bytes: int) -> tuple[list[dict[str, s
 def main(arguments: argparse.Namespace) -> None:
     builtin_corpus(
         arguments.output_dir,
-        max_bytes=int(arguments.max_megabytes * 1e6),
+        max_bytes=arguments.max_bytes,
         seed=arguments.seed,
         workers=arguments.workers,
         overwrite=arguments.overwrite,

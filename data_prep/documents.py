@@ -9,6 +9,7 @@ import gzip
 import io
 import json
 import os
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from glob import glob, has_magic
@@ -58,7 +59,8 @@ def find_inputs(patterns: list[str]) -> list[Path]:
     """
     found: set[str] = set()
     for pattern in patterns:
-        matches = glob(pattern, recursive=True) if has_magic(pattern) else [pattern]
+        exact = os.path.exists(pattern) or not has_magic(pattern)  # a name may hold brackets itself
+        matches = [pattern] if exact else glob(pattern, recursive=True)
         files = [match for match in matches if os.path.isfile(match)]
         if not files:
             kind = "is a folder: name its files" if os.path.isdir(pattern) else "matches no file"
@@ -82,8 +84,11 @@ def list_parts(inputs: list[str], part_bytes: int) -> list[Part]:
     parts = []
     for path in find_inputs(inputs):
         size = path.stat().st_size
-        step = part_bytes if path.name.endswith(_JSONL) else max(size, 1)
-        parts += [Part(str(path), start, min(start + step, size)) for start in range(0, size, step)]
+        if path.name.endswith(_JSONL):
+            starts = range(0, size, part_bytes)
+            parts += [Part(str(path), start, min(start + part_bytes, size)) for start in starts]
+        else:
+            parts.append(Part(str(path), 0, size))
     return parts
 
 
@@ -125,12 +130,12 @@ def _read_jsonl(part: Part, text_field: str) -> Iterator[tuple[str, int]]:
                 if line.isspace():
                     continue
                 try:
-                    record = json.loads(line)
+                    record = json.loads(line.decode("utf-8-sig"))
                     text = record[text_field]
                     if not isinstance(text, str):
                         raise TypeError
                     text.encode()  # JSON can escape lone surrogates, which are no text
-                except (ValueError, KeyError, TypeError) as error:
+                except (ValueError, KeyError, TypeError, RecursionError) as error:
                     line_number = number if compressed else _line_number(part.path, before)
                     raise UserError(
                         f"{part.path}:{line_number}: {_reason(error, line, text_field)};"
@@ -138,7 +143,7 @@ def _read_jsonl(part: Part, text_field: str) -> Iterator[tuple[str, int]]:
                         " mend or remove the line and run the command again"
                     ) from None
                 yield text, position - before
-        except (EOFError, OSError, gzip.BadGzipFile) as error:
+        except (EOFError, OSError, zlib.error) as error:
             raise UserError(f"{part.path}: cannot be read to its end after line {number} ({error})") from None
 
 
@@ -152,7 +157,10 @@ def _reason(error: Exception, line: bytes, text_field: str) -> str:
     if isinstance(error, KeyError):
         found = ", ".join(sorted(json.loads(line))) or "none"
         return f"no field {text_field!r} (found: {found}; --text_field names another)"
-    return f"{text_field!r} is not a string"
+    if isinstance(error, RecursionError):
+        return "not JSON of a sane depth"
+    found = type(json.loads(line)).__name__
+    return f"{text_field!r} is not a string" if found == "dict" else f"a JSON {found}, not an object"
 
 
 def _decompressed(path: str, raw: BinaryIO) -> io.BufferedIOBase:
@@ -187,12 +195,13 @@ def _read_parquet(part: Part, text_field: str) -> Iterator[tuple[str, int]]:
     import pyarrow
     import pyarrow.parquet
 
+    row = 0
     try:
         with pyarrow.parquet.ParquetFile(part.path) as file:
             names = file.schema_arrow.names
             if text_field not in names:
                 raise UserError(f"{part.path}: no column {text_field!r} (found: {', '.join(names)})")
-            consumed, row, rows = 0, 0, max(file.metadata.num_rows, 1)
+            consumed, rows = 0, max(file.metadata.num_rows, 1)
             for batch in file.iter_batches(batch_size=_PARQUET_BATCH_ROWS, columns=[text_field]):
                 for text in batch.column(0).to_pylist():
                     if not isinstance(text, str):
@@ -201,5 +210,8 @@ def _read_parquet(part: Part, text_field: str) -> Iterator[tuple[str, int]]:
                     now = part.bytes * row // rows
                     yield text, now - consumed
                     consumed = now
+    except UnicodeDecodeError as error:
+        raise UserError(f"{part.path}: row {row}: not UTF-8 at byte {error.start} of {text_field!r}") from None
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{part.path}: not a readable Parquet file ({error})") from None
+        reason = " ".join(str(error).split())
+        raise UserError(f"{part.path}: not a readable Parquet file ({reason})") from None

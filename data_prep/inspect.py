@@ -11,6 +11,7 @@ from data_prep.documents import list_parts, read_documents
 from data_prep.encoding import Encoder, load_tokenizer_info
 from data_prep.errors import UserError
 from data_prep.manifest import Manifest, read_json, read_manifest
+from data_prep.parts import positive_integer
 from data_prep.shards import KIND, ShardSet, unigram_entropy
 
 SUMMARY = "Show what a folder of documents, a tokenizer or a shard set holds."
@@ -23,8 +24,12 @@ _BAR_CHARACTERS = 40
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, metavar="D", help="folder that data_prep has made")
-    parser.add_argument("--documents", type=int, default=2, help="documents to show (default: %(default)s)")
-    parser.add_argument("--characters", type=int, default=300, help="characters of each (default: %(default)s)")
+    parser.add_argument(
+        "--documents", type=positive_integer, default=2, help="documents to show (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--characters", type=positive_integer, default=300, help="characters of each (default: %(default)s)"
+    )
     parser.add_argument("--tokenizer", type=Path, metavar="D", help="tokenizer folder, to show shards as text")
 
 

@@ -4,6 +4,7 @@ A folder without a manifest is unfinished. Documents, tokenizers and token shard
 serves them all and a rerun knows what is done.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable
@@ -47,7 +48,12 @@ class Manifest:
     format_version: int = FORMAT_VERSION
 
     def write(self, folder: Path) -> None:
-        durable.write_json(folder / MANIFEST_NAME, asdict(self))
+        value = asdict(self)
+        durable.write_json(folder / MANIFEST_NAME, value | {"sha256": _sha256_of(value)})
+
+
+def _sha256_of(value: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def read_manifest(folder: Path, kind: str | None = None) -> Manifest:
@@ -99,11 +105,15 @@ def is_current(folder: Path, job: dict[str, Any], inputs: Iterable[Path]) -> boo
 
 
 def verify_files(folder: Path, manifest: Manifest, report: Callable[[int], object]) -> list[str]:
-    """Compares every file with its record; returns one line a fault (none: every byte is as it was written).
+    """Compares every file, the manifest included, with its record; returns one line a fault (none: all is as it was
+    written).
 
     report: called with the number of bytes checked since the last call.
     """
     faults = []
+    raw = read_json(folder / MANIFEST_NAME)
+    if raw.pop("sha256", None) != _sha256_of(raw):
+        faults.append(f"{folder / MANIFEST_NAME}: content differs from its own sha256")
     for name, record in sorted(manifest.files.items()):
         path = folder / name
         if not path.is_file():

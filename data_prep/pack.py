@@ -120,7 +120,7 @@ def make_plan(shards: ShardSet, objective: str, sequence_length: int, validation
 
 def plan_path(shards: Path, objective: str, sequence_length: int, validation_fraction: float) -> Path:
     """Where the plan of these settings is kept, beside the shards."""
-    return shards / "samples" / f"{objective}-{sequence_length}-validation-{validation_fraction:g}.json"
+    return shards / "samples" / f"{objective}-{sequence_length}-validation-{float(validation_fraction)!r}.json"
 
 
 def write_plan(folder: Path, plan: Plan) -> Path:
@@ -142,7 +142,7 @@ def read_plan(shards: ShardSet, objective: str, sequence_length: int, validation
         if raw["version"] != PLAN_VERSION or raw["shards_fingerprint"] != shards.fingerprint:
             return None
         return Plan(**{**raw, "train": _read_split(raw["train"]), "validation": _read_split(raw["validation"])})
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({error!r}): remove it and pack again") from None
 
 

@@ -1,9 +1,14 @@
 """Runs one function over independent parts in worker processes: progress, resume, clean ends.
 
 A part's result is a small dict that is kept, durably, in `<output_dir>/.parts/` as soon as the part is done. A job
-that was killed continues with the parts that are missing. The result does not depend on the number of workers.
+that was killed continues with the parts that are missing or whose input files have changed since. The result does
+not depend on the number of workers.
 """
 
+import argparse
+import contextlib
+import fcntl
+import hashlib
 import json
 import multiprocessing
 import os
@@ -11,8 +16,9 @@ import queue
 import shutil
 import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -23,9 +29,11 @@ from tqdm import tqdm
 
 from data_prep import durable
 from data_prep.errors import UserError
+from data_prep.manifest import MANIFEST_NAME, is_current, read_json
 
 PARTS_FOLDER = ".parts"
 _JOB_NAME = "job.json"
+_LOCK_NAME = "lock"
 _REPORT_SECONDS = 0.25
 
 Report = Callable[[int, int], None]
@@ -37,12 +45,45 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
+def positive_integer(text: str) -> int:
+    """The type of command-line flags such as --workers."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of at least 1")
+    return int(text)
+
+
+def megabytes(text: str) -> int:
+    """The type of command-line flags in MB; returns bytes."""
+    try:
+        size = int(float(text) * 1e6)
+    except (ValueError, OverflowError):
+        size = 0
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a positive number of megabytes")
+    return size
+
+
+def add_work_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds --workers and --overwrite."""
+    parser.add_argument(
+        "--workers",
+        type=positive_integer,
+        metavar="N",
+        default=available_cores(),
+        help="worker processes (default: the cores, %(default)s here)",
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace what an earlier run of this stage left in --output_dir"
+    )
+
+
 @dataclass(frozen=True)
 class _Task:
     """What a worker process needs to do any part: pickled once a part, so it is kept small."""
 
     function: Callable[..., dict[str, Any]]
     arguments: tuple[Any, ...]
+    identity: str
     record: Path
 
 
@@ -52,8 +93,15 @@ _progress_queue: Any = None  # set in worker processes only, by _start_worker
 def _start_worker(progress: Any) -> None:
     global _progress_queue
     _progress_queue = progress
-    # Ctrl-C reaches the whole process group; the parent ends the workers.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would otherwise wait for its next part for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _do_part(task: _Task) -> dict[str, Any]:
@@ -70,8 +118,14 @@ def _do_part(task: _Task) -> dict[str, Any]:
 
     result = task.function(*task.arguments, report)
     _progress_queue.put((documents, size))
-    durable.write_json(task.record, result)
+    durable.write_json(task.record, {"identity": task.identity, "result": result})
     return result
+
+
+def _identity(arguments: tuple[Any, ...], inputs: Sequence[str]) -> str:
+    """Equal for the same part of files that have not been touched."""
+    states = [(status.st_size, status.st_mtime_ns) for status in map(os.stat, inputs)]
+    return hashlib.sha256(repr((arguments, states)).encode()).hexdigest()
 
 
 def progress_bar(description: str, total_bytes: int | None) -> "tqdm[Any]":
@@ -91,6 +145,7 @@ def run_parts(
     function: Callable[..., dict[str, Any]],
     parts: Sequence[tuple[Any, ...]],
     *,
+    part_inputs: Sequence[Sequence[str]],
     part_bytes: Sequence[int],
     output_dir: Path,
     job: dict[str, Any],
@@ -101,31 +156,56 @@ def run_parts(
 
     function: importable by name; writes its files under `output_dir` so that they are whole under their final
         names, and returns a JSON-able dict.
+    part_inputs: the files that each part reads; a part is done again when one of them has changed.
     part_bytes: bytes of input of each part, for the bar.
     job: identifies the work; unfinished work of another job in `output_dir` is refused.
 
-    Raises UserError for a part that met bad input, a worker that was killed, or a foreign unfinished job.
+    Raises UserError for a part that met bad input, a worker that was killed, a foreign unfinished job, or inputs that
+    change while they are read.
     """
     records = output_dir / PARTS_FOLDER
     records.mkdir(parents=True, exist_ok=True)
-    _claim(records, job)
-    tasks = [_Task(function, part, records / f"{index:06d}.json") for index, part in enumerate(parts)]
+    with _locked(records):
+        _claim(records, job)
+        tasks = [
+            _Task(function, part, _identity(part, inputs), records / f"{index:06d}.json")
+            for index, (part, inputs) in enumerate(zip(parts, part_inputs, strict=True))
+        ]
+        results = {index: kept for index, task in enumerate(tasks) if (kept := _kept_result(task)) is not None}
+        missing = [index for index in range(len(tasks)) if index not in results]
+        if results:
+            print(f"{description}: {len(results)} of {len(tasks)} parts were done before and are kept")
+        _remove_temporary_files(output_dir)  # of a run that was killed
+        try:
+            results |= _run_tasks(
+                {index: tasks[index] for index in missing},
+                sum(part_bytes[index] for index in missing),
+                workers,
+                description,
+            )
+        except BaseException:
+            _remove_temporary_files(output_dir)
+            raise
+        for task, inputs in zip(tasks, part_inputs, strict=True):
+            if _identity(task.arguments, inputs) != task.identity:
+                raise UserError(
+                    f"{description}: {' or '.join(inputs[:2])} changed while it was read; run the same command again"
+                )
+        return [results[index] for index in range(len(tasks))]
+
+
+def _run_tasks(tasks: dict[int, _Task], total_bytes: int, workers: int, description: str) -> dict[int, dict[str, Any]]:
+    """Runs every task in worker processes, which have ended when this returns or raises."""
     results: dict[int, dict[str, Any]] = {}
-    for index, task in enumerate(tasks):
-        if task.record.exists():
-            results[index] = json.loads(task.record.read_bytes())
-    missing = [index for index in range(len(tasks)) if index not in results]
-    if results:
-        print(f"{description}: {len(results)} of {len(tasks)} parts were done before and are kept")
     context = multiprocessing.get_context("spawn")
     progress: Any = context.Queue()
     executor = ProcessPoolExecutor(
-        max(1, min(workers, len(missing))),
+        max(1, min(workers, len(tasks))),
         mp_context=context,
         initializer=_start_worker,
         initargs=(progress,),
     )
-    with progress_bar(description, sum(part_bytes[index] for index in missing)) as bar:
+    with progress_bar(description, total_bytes) as bar:
         documents = 0
 
         def drain() -> None:
@@ -142,7 +222,12 @@ def run_parts(
 
         futures: dict[Future[dict[str, Any]], int] = {}
         try:
-            futures = {executor.submit(_do_part, tasks[index]): index for index in missing}
+            # Ctrl-C reaches the whole process group. Workers inherit the blocked signal: the parent ends them.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            try:
+                futures = {executor.submit(_do_part, task): index for index, task in tasks.items()}
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
             waiting = set(futures)
             while waiting:
                 done, waiting = wait(waiting, timeout=_REPORT_SECONDS, return_when=FIRST_COMPLETED)
@@ -161,7 +246,33 @@ def run_parts(
                 process.terminate()
             executor.shutdown(wait=True, cancel_futures=True)
             raise
-    return [results[index] for index in range(len(tasks))]
+    return results
+
+
+def _kept_result(task: _Task) -> dict[str, Any] | None:
+    """The result of a part that an earlier run has done, of inputs that have not changed since."""
+    if not task.record.exists():
+        return None
+    record = read_json(task.record)
+    result: dict[str, Any] = record["result"]
+    return result if record["identity"] == task.identity else None
+
+
+def _remove_temporary_files(output_dir: Path) -> None:
+    for folder in (output_dir, output_dir / PARTS_FOLDER):
+        for path in folder.glob(f"*{durable.TEMPORARY_SUFFIX}"):
+            path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _locked(records: Path) -> Iterator[None]:
+    """One process at a time; the kernel frees the lock of one that was killed."""
+    with open(records / _LOCK_NAME, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{records.parent}: another process is at work there; wait for it or stop it") from None
+        yield
 
 
 def finish_parts(output_dir: Path) -> None:
@@ -173,7 +284,7 @@ def _claim(records: Path, job: dict[str, Any]) -> None:
     path = records / _JOB_NAME
     if not path.exists():
         durable.write_json(path, job)
-    elif json.loads(path.read_bytes()) != json.loads(json.dumps(job)):
+    elif read_json(path) != json.loads(json.dumps(job)):
         raise UserError(
             f"{records.parent} holds the unfinished work of another job (other inputs or options);"
             " give --overwrite to discard it, or another --output_dir"
@@ -183,21 +294,39 @@ def _claim(records: Path, job: dict[str, Any]) -> None:
 def prepare_output(output_dir: Path, job: dict[str, Any], inputs: Sequence[Path], overwrite: bool) -> bool:
     """Makes `output_dir` ready for `job`; returns False when the job is done there already (one line says so).
 
-    Raises UserError when the folder holds something else and `overwrite` is not set.
+    `overwrite` discards what an earlier run of the same command left there, and nothing else. Raises UserError when
+    the folder holds something else, or holds one of the inputs.
     """
-    from data_prep.manifest import MANIFEST_NAME, is_current
-
-    if overwrite:
-        shutil.rmtree(output_dir, ignore_errors=True)
-    elif is_current(output_dir, job, inputs):
-        print(f"{output_dir}: up to date")
-        return False
-    elif (output_dir / MANIFEST_NAME).exists():
-        raise UserError(
-            f"{output_dir} holds the result of another job, or its inputs have changed since;"
-            " give --overwrite to replace it, or another --output_dir"
-        )
-    elif output_dir.exists() and any(output_dir.iterdir()) and not (output_dir / PARTS_FOLDER).exists():
-        raise UserError(f"{output_dir} is not empty and holds nothing of ours; give another --output_dir")
+    if output_dir.exists() and not output_dir.is_dir():
+        raise UserError(f"--output_dir {output_dir} is a file, expected a folder")
+    within = [path for path in inputs if path.resolve().is_relative_to(output_dir.resolve())]
+    if within:
+        raise UserError(f"--output_dir {output_dir} holds the input {within[0]}; give another --output_dir")
+    if output_dir.exists() and any(output_dir.iterdir()):
+        command = _command_of(output_dir)
+        if command != job["command"]:
+            found = f"a result of {command!r}" if command else "nothing of ours"
+            raise UserError(f"{output_dir} is not empty and holds {found}; give another --output_dir")
+        if overwrite:
+            shutil.rmtree(output_dir)
+        elif is_current(output_dir, job, inputs):
+            finish_parts(output_dir)  # of a run that was killed between its manifest and its end
+            print(f"{output_dir}: up to date")
+            return False
+        elif (output_dir / MANIFEST_NAME).exists():
+            raise UserError(
+                f"{output_dir} holds the result of another job, or its inputs have changed since;"
+                " give --overwrite to replace it, or another --output_dir"
+            )
     output_dir.mkdir(parents=True, exist_ok=True)
     return True
+
+
+def _command_of(output_dir: Path) -> str | None:
+    """The command whose finished or unfinished work `output_dir` holds."""
+    try:
+        if (output_dir / MANIFEST_NAME).exists():
+            return str(json.loads((output_dir / MANIFEST_NAME).read_bytes())["job"]["command"])
+        return str(json.loads((output_dir / PARTS_FOLDER / _JOB_NAME).read_bytes())["command"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

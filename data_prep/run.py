@@ -48,7 +48,7 @@ def read_job(path: Path) -> list[tuple[str, list[str]]]:
             flag[2:] if flag.startswith("--") else flag: action
             for action in stage_parser(stage)._actions
             for flag in (action.option_strings or [action.dest])
-            if flag != "-h"
+            if action.dest != "help"
         }
         for options in entries if isinstance(entries, list) else [entries]:
             if not isinstance(options, dict):
@@ -56,7 +56,11 @@ def read_job(path: Path) -> list[tuple[str, list[str]]]:
             for key in options:
                 if key not in flags:
                     raise UserError(f"{path}: {stage}: unknown flag {key!r}; {_nearest(str(key), list(flags))}")
-            steps.append((stage, _arguments(options, flags)))
+                if options[key] is None:
+                    raise UserError(f"{path}: {stage}: {key} has no value")
+            argv = _arguments(options, flags)
+            stage_parser(stage).parse_args(argv)  # every stage is checked before the first one runs
+            steps.append((stage, argv))
     return steps
 
 
@@ -72,7 +76,10 @@ def _arguments(options: dict[str, Any], flags: dict[str, argparse.Action]) -> li
         if not flags[key].option_strings:
             positional += values
         elif isinstance(value, bool):
-            named += [f"--{key}"] if value else []
+            if value:
+                named.append(f"--{key}")
+            elif isinstance(flags[key], argparse.BooleanOptionalAction):
+                named.append(f"--no-{key}")
         else:
             named += [f"--{key}", *values]
     return positional + named

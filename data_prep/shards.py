@@ -21,6 +21,7 @@ import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ from numpy.typing import NDArray
 
 from data_prep import durable
 from data_prep.errors import UserError
-from data_prep.manifest import FileRecord, Manifest, read_manifest
+from data_prep.manifest import MANIFEST_NAME, FileRecord, Manifest, read_manifest
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _VERSION = 1
@@ -43,7 +44,7 @@ KIND = "shards"
 
 
 def dtype_for(vocab_size: int) -> np.dtype[Any]:
-    """uint16 where the vocabulary fits in 65,500 ids, int32 otherwise."""
+    """uint16 for vocabularies of fewer than 65,500 ids, int32 otherwise."""
     return _DTYPES[8] if vocab_size < UINT16_VOCABULARY else _DTYPES[4]
 
 
@@ -62,8 +63,8 @@ class ShardWriter:
         self._digest = hashlib.sha256()
 
     def __enter__(self) -> "ShardWriter":
-        self._temporary = durable.temporary_name(self._bin)
-        self._file = open(self._temporary, "wb")
+        self._replacing = durable.replacing(self._bin)
+        self._file = self._replacing.__enter__()
         return self
 
     def append(self, ids: NDArray[Any]) -> None:
@@ -73,19 +74,13 @@ class ShardWriter:
         self._digest.update(data)
         self._lengths.append(len(ids))
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            if kind is None:
-                self._file.flush()
-                os.fsync(self._file.fileno())
-        finally:
-            self._file.close()
-            if kind is not None:
-                self._temporary.unlink(missing_ok=True)
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._replacing.__exit__(kind, error, trace)
         if kind is not None:
             return
         size = sum(self._lengths) * self._dtype.itemsize
-        os.replace(self._temporary, self._bin)
         index = index_bytes(self._lengths, self._dtype)
         durable.write_bytes(self._idx, index)
         self.tokens = sum(self._lengths)
@@ -141,6 +136,9 @@ class Shard:
             version, code, sequences, boundaries = _HEADER.unpack_from(index, head)
             if version != _VERSION or code not in _DTYPES or boundaries < 1:
                 raise ValueError(f"version {version}, dtype code {code}")
+            expected = head + _HEADER.size + 12 * sequences + 8 * boundaries
+            if len(index) != expected:
+                raise ValueError(f"{len(index)} bytes, expected {expected}")
             position = head + _HEADER.size
             lengths = np.frombuffer(index, "<i4", sequences, position)
             pointers = np.frombuffer(index, "<i8", sequences, position + 4 * sequences)
@@ -204,16 +202,19 @@ class ShardSet:
         """
         manifest = read_manifest(folder, KIND)
         content = manifest.content
-        return ShardSet(
-            folder=folder,
-            names=tuple(shard["name"] for shard in content["shards"]),
-            documents=tuple(shard["documents"] for shard in content["shards"]),
-            tokens=tuple(shard["tokens"] for shard in content["shards"]),
-            vocab_size=content["tokenizer"]["vocab_size"],
-            tokenizer_fingerprint=content["tokenizer"]["fingerprint"],
-            end_of_document=content["tokenizer"]["end_of_document"],
-            fingerprint=files_fingerprint(manifest),
-        )
+        try:
+            return ShardSet(
+                folder=folder,
+                names=tuple(shard["name"] for shard in content["shards"]),
+                documents=tuple(shard["documents"] for shard in content["shards"]),
+                tokens=tuple(shard["tokens"] for shard in content["shards"]),
+                vocab_size=content["tokenizer"]["vocab_size"],
+                tokenizer_fingerprint=content["tokenizer"]["fingerprint"],
+                end_of_document=content["tokenizer"]["end_of_document"],
+                fingerprint=files_fingerprint(manifest),
+            )
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{folder / MANIFEST_NAME} is damaged ({error!r}): tokenize again") from None
 
     def shard(self, index: int) -> Shard:
         """Maps shard `index`; raises UserError when it is not what the manifest says."""

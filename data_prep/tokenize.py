@@ -16,13 +16,13 @@ from data_prep.documents import (
 from data_prep.encoding import Encoder, load_tokenizer_info
 from data_prep.errors import UserError
 from data_prep.manifest import FileRecord, Manifest
-from data_prep.parts import Report, available_cores, finish_parts, prepare_output, run_parts
+from data_prep.parts import Report, add_work_arguments, finish_parts, megabytes, prepare_output, run_parts
 from data_prep.shards import KIND, ShardWriter, dtype_for
 
 SUMMARY = "Encode documents with a tokenizer into memory-mapped token shards (Megatron .bin/.idx)."
 EXAMPLES = """\
   python -m data_prep tokenize --input 'corpus/*.jsonl.zst' --tokenizer data/tokenizer --output_dir data/shards
-  python -m data_prep tokenize --input wiki.parquet --text_field body --tokenizer gpt2 --output_dir data/wiki
+  python -m data_prep tokenize --input wiki.parquet --text_field body --tokenizer data/gpt2 --output_dir data/wiki
 """
 _BATCH_BYTES = 1 << 20
 
@@ -33,17 +33,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output_dir", type=Path, required=True, metavar="D", help="folder of the shards")
     parser.add_argument(
         "--part_megabytes",
-        type=float,
-        default=DEFAULT_PART_MEGABYTES,
+        dest="part_bytes",
+        type=megabytes,
+        metavar="MB",
+        default=str(DEFAULT_PART_MEGABYTES),
         help="input of one shard in MB; compressed files and Parquet give one shard each (default: %(default)s)",
     )
-    parser.add_argument(
-        "--workers",
-        type=int,
-        default=available_cores(),
-        help="worker processes (default: the cores, %(default)s here)",
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace what --output_dir holds")
+    add_work_arguments(parser)
 
 
 def encode_part(
@@ -113,7 +109,9 @@ def tokenize(
         "part_bytes": part_bytes,
     }
     sources = find_inputs(inputs)
-    if not prepare_output(output_dir, job, sources, overwrite):
+    # A file may join the inputs with an old time stamp (mv, cp -p): their number and size belong to the result.
+    of_inputs = {"input_files": len(sources), "input_bytes": sum(path.stat().st_size for path in sources)}
+    if not prepare_output(output_dir, job | of_inputs, sources, overwrite):
         return
     started = time.monotonic()
     parts = list_parts(inputs, part_bytes)
@@ -131,6 +129,7 @@ def tokenize(
             )
             for part, name in zip(parts, names, strict=True)
         ],
+        part_inputs=[[part.path] for part in parts],
         part_bytes=[part.bytes for part in parts],
         output_dir=output_dir,
         job=job,
@@ -138,18 +137,29 @@ def tokenize(
         description="tokenize",
     )
     documents = sum(result["documents"] for result in results)
+    shards = [
+        {"name": name, "documents": result["documents"], "tokens": result["tokens"]}
+        for name, result in zip(names, results, strict=True)
+        if result["documents"]  # a part may hold none: only blank documents, or the middle of one long line
+    ]
+    kept = {shard["name"] for shard in shards}
+    for path in [*output_dir.glob("*.idx"), *output_dir.glob("*.bin")]:
+        if path.stem not in kept:  # also those of an earlier, killed run over more parts
+            path.unlink()
     if documents == 0:
         finish_parts(output_dir)
-        for name in names:
-            for suffix in (".bin", ".idx"):
-                (output_dir / (name + suffix)).unlink(missing_ok=True)
         raise UserError(f"the input holds no text: {len(sources)} files such as {sources[0]}, 0 documents with text")
     tokens = sum(result["tokens"] for result in results)
     text_bytes = sum(result["text_bytes"] for result in results)
     Manifest(
         kind=KIND,
-        job=job,
-        files={name: FileRecord(**record) for result in results for name, record in result["files"].items()},
+        job=job | of_inputs,
+        files={
+            name: FileRecord(**record)
+            for result in results
+            for name, record in result["files"].items()
+            if result["documents"]
+        },
         content={
             "documents": documents,
             "tokens": tokens,
@@ -161,17 +171,14 @@ def tokenize(
                 "vocab_size": info.vocab_size,
                 "end_of_document": info.special.end_of_document,
             },
-            "shards": [
-                {"name": name, "documents": result["documents"], "tokens": result["tokens"]}
-                for name, result in zip(names, results, strict=True)
-            ],
+            "shards": shards,
         },
     ).write(output_dir)
     finish_parts(output_dir)
     seconds = time.monotonic() - started
     print(
         f"{output_dir}: {documents:,} documents, {tokens:,} tokens ({text_bytes / tokens:.2f} bytes a token) in"
-        f" {len(names)} shards of {dtype.name}; {seconds:.1f} s, {text_bytes / 1e6 / seconds:.1f} MB/s"
+        f" {len(shards)} shards of {dtype.name}; {seconds:.1f} s, {text_bytes / 1e6 / seconds:.1f} MB/s"
     )
 
 
@@ -181,7 +188,7 @@ def main(arguments: argparse.Namespace) -> None:
         arguments.tokenizer,
         arguments.output_dir,
         text_field=arguments.text_field,
-        part_bytes=int(arguments.part_megabytes * 1e6),
+        part_bytes=arguments.part_bytes,
         workers=arguments.workers,
         overwrite=arguments.overwrite,
     )

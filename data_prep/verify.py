@@ -31,8 +31,9 @@ def shard_faults(folder: Path, manifest: Manifest) -> list[str]:
         except UserError as error:
             faults.append(str(error))
             continue
-        if len(shard.tokens) and int(shard.tokens.max()) >= shards.vocab_size:
-            faults.append(f"{shard.path}: holds id {shard.tokens.max()}, the vocabulary has {shards.vocab_size}")
+        for extreme in (shard.tokens.min(initial=0), shard.tokens.max(initial=0)):
+            if not 0 <= extreme < shards.vocab_size:
+                faults.append(f"{shard.path}: holds id {extreme}, the vocabulary has {shards.vocab_size}")
         ends = shard.document_offsets[1:] - 1
         if not np.all(shard.tokens[ends] == shards.end_of_document):
             faults.append(f"{shard.path}: a document does not end with id {shards.end_of_document}")

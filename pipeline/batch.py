@@ -29,6 +29,10 @@ def _divisors(number: int) -> list[int]:
     return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
 
 
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
 def plan_batches(
     ds_config: dict[str, Any],
     *,
@@ -54,6 +58,11 @@ def plan_batches(
     share = global_batch_size // world_size
     micro = ds_config.get("train_micro_batch_size_per_gpu", "auto")
     stated = ds_config.get("gradient_accumulation_steps")
+    if stated is not None and not _is_count(stated):
+        raise UserError(
+            f"{source}: gradient_accumulation_steps is {stated!r}, expected a positive number; leave the key out to"
+            " have it worked out"
+        )
     if micro == "auto" and stated is not None:
         if share % stated:
             raise UserError(
@@ -64,7 +73,7 @@ def plan_batches(
     if micro == "auto":
         limit = max(1, AUTO_TOKENS.get(device, AUTO_TOKENS["cuda"]) // sequence_length)
         micro = max(divisor for divisor in _divisors(share) if divisor <= limit)
-    if not isinstance(micro, int) or micro < 1:
+    if not _is_count(micro):
         raise UserError(f'{source}: train_micro_batch_size_per_gpu is {micro!r}, expected a positive number or "auto"')
     if share % micro:
         nearest = min(_divisors(share), key=lambda divisor: abs(divisor - micro))

@@ -49,10 +49,21 @@ def prepare(section: DataSection) -> None:
         raise UserError(f"data.prepare: {section.prepare} does not make data.shards {section.shards}")
 
 
+def open_shards(section: DataSection) -> ShardSet:
+    """The recipe's shards; raises UserError saying how to make them when they are missing."""
+    folder = Path(section.shards)
+    if not (folder / MANIFEST_NAME).exists():
+        raise UserError(
+            f"data.shards: {folder} holds no finished shards; make them with `python -m data_prep tokenize --input ..."
+            f" --tokenizer {section.tokenizer} --output_dir {folder}`"
+        )
+    return ShardSet.open(folder)
+
+
 def plan_samples(recipe: Recipe) -> None:
     """Writes the plan of the recipe's samples beside the shards where it is not there yet."""
     section = recipe.data
-    shards = ShardSet.open(Path(section.shards))
+    shards = open_shards(section)
     settings = (recipe.objective, section.sequence_length, section.validation_fraction)
     if read_plan(shards, *settings) is None:
         write_plan(shards.folder, make_plan(shards, *settings))
@@ -64,23 +75,17 @@ def open_data(recipe: Recipe) -> Data:
     Raises UserError when one is missing, or when the shards were made with another tokenizer.
     """
     section = recipe.data
-    folder = Path(section.shards)
-    if not (folder / MANIFEST_NAME).exists():
-        raise UserError(
-            f"data.shards: {folder} holds no finished shards; make them with `python -m data_prep tokenize --input ..."
-            f" --tokenizer {section.tokenizer} --output_dir {folder}`"
-        )
-    shards = ShardSet.open(folder)
+    shards = open_shards(section)
     tokenizer = load_tokenizer_info(Path(section.tokenizer))
     if tokenizer.fingerprint != shards.tokenizer_fingerprint:
         raise UserError(
             f"data.tokenizer {section.tokenizer} has fingerprint {tokenizer.fingerprint[:12]}, but the shards in"
-            f" {folder} were made with {shards.tokenizer_fingerprint[:12]}; name the tokenizer that made them,"
+            f" {shards.folder} were made with {shards.tokenizer_fingerprint[:12]}; name the tokenizer that made them,"
             " or tokenize again"
         )
     plan = read_plan(shards, recipe.objective, section.sequence_length, section.validation_fraction)
     if plan is None:
-        raise UserError(f"{folder} has no plan for these samples; run `python -m data_prep pack` (see --help)")
+        raise UserError(f"{shards.folder} has no plan for these samples; run `python -m data_prep pack` (see --help)")
     train, validation = (
         Samples(shards, plan, split, seed=recipe.seed, special=tokenizer.special, masking=recipe.masking)
         for split in ("train", "validation")

@@ -64,6 +64,11 @@ def merge_into_recipe(
             value = _SCHEDULES[value]
         section, _, field = _SHARED[key].partition(".")
         known = raw.setdefault(section, {})
+        if field == "max_steps" and "max_tokens" in known:
+            raise UserError(
+                f"{config_source}: {key} is {value!r}, but the run's length is training.max_tokens"
+                f" {known['max_tokens']!r} in {recipe_source}; the recipe decides it: leave the key out of the ds_config"
+            )
         if field in known and not _equal(known[field], value):
             raise UserError(
                 f"{config_source}: {key} is {value!r}, but {section}.{field} is {known[field]!r} in {recipe_source};"

@@ -79,7 +79,9 @@ def run(arguments: Arguments, timings: Timings) -> None:
                 logger.info(f"{recipe.data.shards} is missing: making it with {recipe.data.prepare}")
                 prepare(recipe.data)
             plan_samples(recipe)
-    ops.build_ops(ops.required_ops(ds_config, world.device.type), logger.info)  # once a host; its other ranks wait, visibly
+    ops.build_ops(
+        ops.required_ops(ds_config, world.device.type), logger.info
+    )  # once a host; its other ranks wait, visibly
     data = open_data(recipe)
     timings.finished("data")
 

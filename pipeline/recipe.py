@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from data_prep.errors import UserError
 
@@ -17,10 +17,18 @@ DEFAULT_RECIPE = RECIPES / "demo-gpt.yaml"
 
 Positive = Annotated[int, Field(gt=0)]
 Probability = Annotated[float, Field(ge=0, le=1)]
+DecayRate = Annotated[float, Field(ge=0, lt=1)]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_value(cls, value: Any) -> Any:
+        if isinstance(value, bool):  # no field takes one, and pydantic would read it as 0 or 1
+            raise ValueError(f"found the truth value {str(value).lower()}, which no field takes")
+        return value
 
 
 class ModelSection(_Section):
@@ -54,7 +62,7 @@ class TrainingSection(_Section):
 class OptimizerSection(_Section):
     type: Literal["AdamW"] = Field("AdamW", description="AdamW (Loshchilov & Hutter 2019)")
     lr: float = Field(gt=0, description="peak learning rate")
-    betas: tuple[Probability, Probability] = Field((0.9, 0.999), description="decay rates of the moments")
+    betas: tuple[DecayRate, DecayRate] = Field((0.9, 0.999), description="decay rates of the moments")
     eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
     weight_decay: float = Field(0.01, ge=0, description="decoupled decay; not on biases and norms")
     gradient_clipping: float = Field(1.0, ge=0, description="largest global gradient norm; 0 turns clipping off")
@@ -141,7 +149,9 @@ def read_recipe_file(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"--recipe {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise UserError(f"{path}{where}: not YAML ({_problem(error)})") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path}: expected a mapping of sections (objective, model, data, ...)")
     for key, value in raw.items():
@@ -158,10 +168,12 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     """SafeLoader that refuses a key given twice (YAML lets the last one win, silently)."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", node.start_mark)
+        seen: list[Any] = []
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
+            seen.append(key)
         return super().construct_mapping(node, deep)
 
 
@@ -175,7 +187,7 @@ def override(raw: dict[str, Any], name: str, text: str) -> None:
         model = raw.setdefault("model", {})
         if not isinstance(model.get("config"), dict):
             model["config"] = {"base": model.get("config")}
-        model["config"][name.removeprefix("model.config.")] = yaml.safe_load(text)
+        model["config"][name.removeprefix("model.config.")] = _parse(name, text)
         return
     known = fields()
     if name not in known:
@@ -183,7 +195,7 @@ def override(raw: dict[str, Any], name: str, text: str) -> None:
     owner, attribute = known[name]
     annotation = owner.model_fields[attribute].annotation
     textual = annotation is str or (str in get_args(annotation) and not text.lstrip().startswith("{"))
-    value = text if textual and text not in ("null", "~") else yaml.safe_load(text)
+    value = text if textual and text not in ("null", "~") else _parse(name, text)
     if field:
         raw.setdefault(section, {})[field] = value
     else:
@@ -192,6 +204,17 @@ def override(raw: dict[str, Any], name: str, text: str) -> None:
     other = {"training.max_steps": "max_tokens", "training.max_tokens": "max_steps"}.get(name)
     if other:
         raw[section].pop(other, None)
+
+
+def _parse(name: str, text: str) -> Any:
+    try:
+        return yaml.load(text, _UniqueKeyLoader)
+    except yaml.YAMLError as error:
+        raise UserError(f"--{name} {text}: not YAML ({_problem(error)})") from None
+
+
+def _problem(error: Exception) -> str:
+    return " ".join(str(getattr(error, "problem", None) or error).split())
 
 
 def check_recipe(raw: dict[str, Any], source: str) -> Recipe:
@@ -211,6 +234,8 @@ def check_recipe(raw: dict[str, Any], source: str) -> Recipe:
         section = Recipe.model_fields[location[0]].annotation if len(location) > 1 else Recipe
         assert isinstance(section, type) and issubclass(section, BaseModel)
         message = f"unknown key {key!r}; {nearest(location[-1], list(section.model_fields))}"
+    elif fault["type"] == "missing" and isinstance(fault["loc"][-1], int):
+        message = f"{'.'.join(location[:-1])}: value {fault['loc'][-1] + 1} is missing"
     elif fault["type"] == "missing":
         message = f"{key} is missing; give it in the file or as --{key}"
     else:

@@ -17,7 +17,7 @@ def tensors(value, path=""):
     import torch
 
     if isinstance(value, torch.Tensor):
-        yield path, hashlib.sha256(value.detach().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+        yield path, hashlib.sha256(value.detach().reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
     elif isinstance(value, dict):
         for key, inner in value.items():
             yield from tensors(inner, f"{path}.{key}")
@@ -52,7 +52,7 @@ def test_resume_is_bitwise_equal(ds_config, write_recipe, tmp_path):
         assert {name: after[name] for name in NUMBERS} == {name: before[name] for name in NUMBERS}
     final = "checkpoints/step-00000004"
     expected, found = states(straight / final), states(resumed / final)
-    assert len(expected) >= 2 and found == expected
+    assert expected and found == expected
     assert expected != states(straight / "checkpoints/step-00000002"), "the comparison has to be able to fail"
 
 

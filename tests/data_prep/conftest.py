@@ -1,0 +1,79 @@
+"""`python -m data_prep` as a user runs it."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from data_prep import __main__ as data_prep_main
+
+REPOSITORY = Path(data_prep_main.__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Exit status and output of one command."""
+
+    status: int
+    stdout: str
+    stderr: str
+
+    @property
+    def error(self) -> str:
+        """The one `error: ...` line; asserts that there is exactly one, no traceback and a failing status."""
+        assert self.status == 1, self
+        assert "Traceback" not in self.stderr, self.stderr
+        # Whatever is not the progress bar (it redraws itself with \r).
+        lines = [line for line in self.stderr.replace("\r", "\n").splitlines() if line and "B/s" not in line]
+        assert len(lines) == 1 and lines[0].startswith("error: "), self.stderr
+        return lines[0]
+
+
+@pytest.fixture
+def data_prep(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Outcome]]:
+    """Runs `python -m data_prep ARGUMENTS` in this process (its workers are processes of their own)."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    def run(*arguments: object) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["data_prep", *map(str, arguments)])
+        capfd.readouterr()
+        try:
+            status = data_prep_main.main()
+        except SystemExit as stop:  # argparse
+            status = int(stop.code or 0)
+        output = capfd.readouterr()
+        return Outcome(status, output.out, output.err)
+
+    yield run
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture
+def start_data_prep() -> Iterator[Callable[..., "subprocess.Popen[str]"]]:
+    """Starts `python -m data_prep ARGUMENTS` as a process group of its own, which ends with the test."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*arguments: object) -> "subprocess.Popen[str]":
+        process = subprocess.Popen(
+            [sys.executable, "-m", "data_prep", *map(str, arguments)],
+            cwd=REPOSITORY,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        process.communicate()

@@ -1,0 +1,197 @@
+"""The recipe and the ds_config agree on what is trained, or one line names both files, both keys and both values."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_prep.errors import UserError
+from pipeline.batch import BatchPlan, plan_batches
+from pipeline.ds_config import complete_ds_config, merge_into_recipe, offloads_optimizer, precision, zero_stage
+from pipeline.recipe import check_recipe
+
+DS_CONFIGS = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
+
+RECIPE: dict[str, Any] = {
+    "objective": "causal",
+    "model": {"config": "demo-gpt"},
+    "data": {"shards": "s", "tokenizer": "t", "sequence_length": 256},
+    "training": {"global_batch_size": 16, "max_steps": 150},
+    "optimizer": {
+        "type": "AdamW",
+        "lr": 2e-3,
+        "betas": [0.9, 0.95],
+        "eps": 1e-8,
+        "weight_decay": 0.1,
+        "gradient_clipping": 1.0,
+    },
+    "schedule": {"type": "cosine", "warmup_steps": 20},
+}
+# The same, as a ds_config says it.
+DS_CONFIG: dict[str, Any] = {
+    "train_batch_size": 16,
+    "gradient_clipping": 1.0,
+    "optimizer": {"type": "AdamW", "params": {"lr": 2e-3, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}},
+    "scheduler": {
+        "type": "WarmupCosineLR",
+        "params": {"warmup_num_steps": 20, "total_num_steps": 150},
+    },
+    "zero_optimization": {"stage": 2},
+}
+
+
+def merge(recipe: dict[str, Any], ds_config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    return merge_into_recipe(recipe, ds_config, recipe_source="r.yaml", config_source="x.json")
+
+
+def fault_of(recipe: dict[str, Any], ds_config: dict[str, Any]) -> str:
+    with pytest.raises(UserError) as caught:
+        merge(recipe, ds_config)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_agreeing_values_pass_and_leave_the_ds_config() -> None:
+    assert merge(RECIPE, DS_CONFIG) == (RECIPE, {"zero_optimization": {"stage": 2}})
+
+
+def test_merging_changes_neither_argument() -> None:
+    recipe, ds_config = {"optimizer": {"lr": 2e-3}}, copy.deepcopy(DS_CONFIG)
+    merge(recipe, ds_config)
+    assert recipe == {"optimizer": {"lr": 2e-3}}
+    assert ds_config == DS_CONFIG
+
+
+@pytest.mark.parametrize("text", ["2e-3", "0.002", 2e-3], ids=str)
+def test_a_number_agrees_however_the_recipe_writes_it(text: object) -> None:
+    recipe = {"optimizer": {"lr": text}}  # YAML 1.1 reads 2e-3 as text
+    merged, _ = merge(recipe, {"optimizer": {"params": {"lr": 2e-3}}})
+    assert merged["optimizer"] == {"lr": text}
+
+
+def test_what_the_recipe_leaves_out_is_taken_from_the_ds_config() -> None:
+    partial = {key: RECIPE[key] for key in ("objective", "model", "data")}
+    merged, rest = merge(partial, DS_CONFIG)
+    assert rest == {"zero_optimization": {"stage": 2}}
+    recipe = check_recipe(merged, "r.yaml")
+    assert recipe == check_recipe(RECIPE, "r.yaml")
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"), [("WarmupLR", "constant"), ("WarmupDecayLR", "linear"), ("WarmupCosineLR", "cosine")]
+)
+def test_a_scheduler_of_deepspeed_is_taken_over_by_its_shape(theirs: str, ours: str) -> None:
+    scheduler = {"type": theirs, "params": {"warmup_max_lr": 1e-3, "warmup_num_steps": 7}}
+    merged, _ = merge({}, {"scheduler": scheduler})
+    assert merged == {"schedule": {"type": ours, "warmup_steps": 7}, "optimizer": {"lr": 1e-3}}
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "field", "ours"),
+    [
+        ("train_batch_size", 32, "training.global_batch_size", 16),
+        ("gradient_clipping", 0.5, "optimizer.gradient_clipping", 1.0),
+        ("optimizer.type", "Lamb", "optimizer.type", "AdamW"),
+        ("optimizer.params.lr", 1e-3, "optimizer.lr", 2e-3),
+        ("optimizer.params.betas", [0.9, 0.999], "optimizer.betas", [0.9, 0.95]),
+        ("optimizer.params.eps", 1e-6, "optimizer.eps", 1e-8),
+        ("optimizer.params.weight_decay", 0.0, "optimizer.weight_decay", 0.1),
+        ("scheduler.params.warmup_max_lr", 1e-3, "optimizer.lr", 2e-3),
+        ("scheduler.params.warmup_num_steps", 10, "schedule.warmup_steps", 20),
+        ("scheduler.params.total_num_steps", 151, "training.max_steps", 150),
+    ],
+)
+def test_a_contradiction_names_both_files_keys_and_values(path: str, value: object, field: str, ours: object) -> None:
+    stated: Any = value
+    for part in reversed(path.split(".")):
+        stated = {part: stated}
+    assert fault_of(RECIPE, stated) == (
+        f"x.json: {path} is {value!r}, but {field} is {ours!r} in r.yaml;"
+        " the recipe decides it: leave the key out of the ds_config or make them equal"
+    )
+
+
+def test_another_schedule_is_a_contradiction_in_the_recipes_words() -> None:
+    assert fault_of(RECIPE, {"scheduler": {"type": "WarmupDecayLR"}}) == (
+        "x.json: scheduler.type is 'linear', but schedule.type is 'cosine' in r.yaml;"
+        " the recipe decides it: leave the key out of the ds_config or make them equal"
+    )
+
+
+def test_a_scheduler_that_the_recipe_has_not_is_refused() -> None:
+    assert fault_of({}, {"scheduler": {"type": "OneCycle"}}) == (
+        "x.json: scheduler.type is 'OneCycle', expected one of WarmupLR, WarmupDecayLR, WarmupCosineLR;"
+        " or state the schedule in the recipe"
+    )
+
+
+def test_a_number_of_steps_beside_a_number_of_tokens_names_both() -> None:
+    recipe = {"training": {"global_batch_size": 16, "max_tokens": 1_000_000}}
+    assert fault_of(recipe, {"scheduler": {"params": {"total_num_steps": 150}}}) == (
+        "x.json: scheduler.params.total_num_steps is 150, but the run's length is training.max_tokens 1000000 in r.yaml;"
+        " the recipe decides it: leave the key out of the ds_config"
+    )
+
+
+@pytest.mark.parametrize(
+    ("stated", "key"),
+    [
+        ({"optimizer": {"params": {"bias_correction": False}}}, "optimizer.params.bias_correction"),
+        ({"optimizer": {"legacy_fusion": True}}, "optimizer.legacy_fusion"),
+        ({"scheduler": {"params": {"cos_min_ratio": 0.1}}}, "scheduler.params.cos_min_ratio"),
+    ],
+)
+def test_what_the_recipe_cannot_express_is_refused_by_name(stated: dict[str, Any], key: str) -> None:
+    section = key.split(".")[0]
+    assert fault_of(RECIPE, stated) == (
+        f"x.json: {key} cannot be taken over; state the {section} in the recipe and leave it out of the ds_config"
+    )
+
+
+def test_the_recipes_numbers_replace_what_is_automatic() -> None:
+    recipe = check_recipe(RECIPE, "r.yaml")
+    found = complete_ds_config(
+        {"train_micro_batch_size_per_gpu": "auto", "steps_per_print": 5}, recipe, BatchPlan(16, 4, 2, 2)
+    )
+    assert found == {
+        "steps_per_print": 5,
+        "train_batch_size": 16,
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_accumulation_steps": 2,
+        "gradient_clipping": 1.0,
+    }
+
+
+@pytest.mark.parametrize("path", DS_CONFIGS, ids=lambda path: path.stem)
+def test_deepspeed_reads_the_completed_config_as_we_do(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    recipe = check_recipe(RECIPE, "r.yaml")
+    raw = json.loads(path.read_text())
+    batches = plan_batches(
+        raw,
+        source=str(path),
+        global_batch_size=recipe.training.global_batch_size,
+        world_size=1,
+        sequence_length=recipe.data.sequence_length,
+        device="cpu",
+    )
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    theirs = DeepSpeedConfig(complete_ds_config(raw, recipe, batches))
+    assert (theirs.train_batch_size, theirs.train_micro_batch_size_per_gpu, theirs.gradient_accumulation_steps) == (
+        batches.global_batch_size,
+        batches.micro_batch_size,
+        batches.gradient_accumulation_steps,
+    )
+    assert theirs.gradient_clipping == recipe.optimizer.gradient_clipping
+    assert theirs.zero_optimization_stage == zero_stage(raw)
+    assert precision(raw) == (
+        "bf16" if theirs.bfloat16_config.enabled else "fp16" if theirs.float16_config.enabled else "fp32"
+    )
+    offload = theirs.zero_config.offload_optimizer
+    assert offloads_optimizer(raw) == (offload is not None and offload.device in ("cpu", "nvme"))
+    assert theirs.optimizer_name is None
+    assert theirs.scheduler_name is None
