@@ -2,8 +2,9 @@
 
 import argparse
 import difflib
+import functools
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from data_prep.errors import UserError
 
@@ -44,9 +45,11 @@ def read_job(path: Path) -> list[tuple[str, list[str]]]:
     for stage, entries in job.items():
         if stage not in known:
             raise UserError(f"{path}: unknown stage {stage!r}; {_nearest(str(stage), known)}")
+        parser = stage_parser(stage)
+        parser.error = functools.partial(_refuse, path, stage)  # type: ignore[method-assign]
         flags = {
             flag[2:] if flag.startswith("--") else flag: action
-            for action in stage_parser(stage)._actions
+            for action in parser._actions
             for flag in (action.option_strings or [action.dest])
             if action.dest != "help"
         }
@@ -59,9 +62,13 @@ def read_job(path: Path) -> list[tuple[str, list[str]]]:
                 if options[key] is None:
                     raise UserError(f"{path}: {stage}: {key} has no value")
             argv = _arguments(options, flags)
-            stage_parser(stage).parse_args(argv)  # every stage is checked before the first one runs
+            parser.parse_args(argv)  # every stage is checked before the first one runs
             steps.append((stage, argv))
     return steps
+
+
+def _refuse(path: Path, stage: str, message: str) -> NoReturn:
+    raise UserError(f"{path}: {stage}: {message}")
 
 
 def _nearest(name: str, known: list[str]) -> str:

@@ -89,12 +89,17 @@ def verify(folder: Path, info: CheckpointInfo) -> None:
 
 
 def save(
-    engine: Any, output_dir: Path, world: World, *, step: int, samples: int, ds: dict[str, Any], keep: int
+    engine: Any,
+    output_dir: Path,
+    world: World,
+    *,
+    step: int,
+    samples: int,
+    zero_stage: int,
+    precision: str,
+    keep: int,
 ) -> Path:
-    """Writes the engine's state after `step` steps and prunes to the last `keep`; called on every rank.
-
-    engine: DeepSpeed's. ds: {"zero_stage", "precision"} of the run.
-    """
+    """Writes the state of DeepSpeed's engine after `step` steps and prunes to the last `keep`; called on every rank."""
     parent = output_dir / CHECKPOINTS
     final = parent / f"step-{step:08d}"
     temporary = final.with_name(final.name + durable.TEMPORARY_SUFFIX)
@@ -111,7 +116,7 @@ def save(
                 for path in sorted(temporary.rglob("*"))
                 if path.is_file()
             }
-            info = CheckpointInfo(step=step, samples=samples, world_size=world.size, files=files, **ds)
+            info = CheckpointInfo(step, samples, world.size, zero_stage, precision, files)
             durable.write_json(temporary / MANIFEST_NAME, asdict(info))
             durable.commit_folder(temporary, final)
             for old in list_checkpoints(output_dir)[:-keep]:

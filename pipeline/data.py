@@ -14,6 +14,7 @@ from data_prep.errors import UserError
 from data_prep.manifest import MANIFEST_NAME
 from data_prep.pack import Plan, make_plan, read_plan, write_plan
 from data_prep.shards import ShardSet
+from pipeline.batch import BatchPlan
 from pipeline.recipe import DataSection, Recipe
 from pipeline.samples import Batch, Samples
 
@@ -93,15 +94,20 @@ def open_data(recipe: Recipe) -> Data:
     return Data(tokenizer, shards, plan, train, validation)
 
 
-def validation_batches(
-    samples: Samples, *, count: int, micro_batch_size: int, world_size: int, rank: int
-) -> Iterator[Batch]:
-    """This rank's share of the first `count` held-out samples; every rank gets equally many batches, filled up with
-    rows that have no targets."""
-    count = min(count, samples.size)
-    stride = micro_batch_size * world_size
-    for start in range(0, count, stride):
-        numbers = start + rank * micro_batch_size + np.arange(micro_batch_size)
+def step_batches(samples: Samples, step: int, batches: BatchPlan, rank: int) -> list[Batch]:
+    """One rank's micro-batches of one step: micro-batch m of rank r is the (m x world + r)-th run of the step's
+    samples."""
+    numbers = step * batches.global_batch_size + np.arange(batches.global_batch_size, dtype=np.int64)
+    runs = numbers.reshape(-1, batches.world_size, batches.micro_batch_size)
+    return [samples.batch(run) for run in runs[:, rank]]
+
+
+def validation_batches(samples: Samples, count: int, batches: BatchPlan, rank: int) -> Iterator[Batch]:
+    """One rank's share of the first `count` held-out samples (all of them if there are fewer); every rank gets equally
+    many batches, filled up with rows that have no targets."""
+    count, micro = min(count, samples.size), batches.micro_batch_size
+    for start in range(0, count, micro * batches.world_size):
+        numbers = start + rank * micro + np.arange(micro)
         yield samples.batch(np.where(numbers < count, numbers, -1))
 
 

@@ -67,7 +67,7 @@ def merge_into_recipe(
         if field == "max_steps" and "max_tokens" in known:
             raise UserError(
                 f"{config_source}: {key} is {value!r}, but the run's length is training.max_tokens"
-                f" {known['max_tokens']!r} in {recipe_source}; the recipe decides it: leave the key out of the ds_config"
+                f" {known['max_tokens']!r} in {recipe_source}; the recipe decides it: leave the key out"
             )
         if field in known and not _equal(known[field], value):
             raise UserError(
@@ -111,6 +111,12 @@ def precision(config: dict[str, Any]) -> str:
 
 def zero_stage(config: dict[str, Any]) -> int:
     return int((config.get("zero_optimization") or {}).get("stage", 0))
+
+
+def describe(config: dict[str, Any], recipe: Recipe) -> str:
+    """Stage, precision and optimizer in words."""
+    offloaded = " offloaded" if offloads_optimizer(config) else ""
+    return f"ZeRO {zero_stage(config)}, {precision(config)}, {recipe.optimizer.type}{offloaded}"
 
 
 def offloads_optimizer(config: dict[str, Any]) -> bool:

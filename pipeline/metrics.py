@@ -70,14 +70,19 @@ class Metrics:
                 f"  {tqdm.format_interval(remaining)} left"
             )
 
+    def say(self, line: str) -> None:
+        """A line for the terminal and the log, around the progress bar."""
+        if self._enabled:
+            self._bar.clear()
+            self._logger.info(line)
+
     def validation(self, step: int, loss: float) -> None:
         """Records the validation loss (nats a token) after `step` steps."""
         if not self._enabled:
             return
         self._file.write(json.dumps({"step": step, "validation": {"loss": loss}}) + "\n")
         self._board.add_scalar("loss/validation", loss, step)
-        self._bar.clear()
-        self._logger.info(f"step {step:>6}/{self._max_steps}  validation loss {loss:.4f}")
+        self.say(f"step {step:>6}/{self._max_steps}  validation loss {loss:.4f}")
 
     def close(self) -> None:
         if self._enabled:

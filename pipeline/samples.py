@@ -143,14 +143,3 @@ def _needed(token: int | None, name: str) -> int:
     if token is None:
         raise UserError(f"data.tokenizer has no {name} token, which objective mlm needs")
     return token
-
-
-def step_numbers(
-    step: int, *, global_batch_size: int, micro_batch_size: int, world_size: int, rank: int
-) -> NDArray[np.int64]:
-    """The sample numbers of one rank in one step, [accumulation, micro-batch].
-
-    Micro-batch m of rank r takes the (m x world + r)-th run of the step's samples.
-    """
-    numbers = step * global_batch_size + np.arange(global_batch_size, dtype=np.int64)
-    return numbers.reshape(-1, world_size, micro_batch_size)[:, rank]

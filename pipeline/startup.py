@@ -76,6 +76,16 @@ class World:
     def is_first(self) -> bool:
         return self.rank == 0
 
+    @property
+    def device_name(self) -> str:
+        """As the maker calls it; "cpu" for a CPU rank."""
+        import torch
+
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+
+    def describe(self) -> str:
+        return f"{self.size} x {self.device_name}, {os.environ['OMP_NUM_THREADS']} threads each"
+
     def barrier(self) -> None:
         import deepspeed.comm
 
@@ -115,9 +125,7 @@ def init_distributed() -> World:
     accelerator = get_accelerator()
     if accelerator.device_name() != "cpu":
         accelerator.set_device(local_rank)
-    # DeepSpeed prints to stdout that it found no extra backends; the run's own lines say what matters.
-    with contextlib.redirect_stdout(sys.stderr if os.environ.get("PRETRAIN_DEBUG") else open(os.devnull, "w")):
-        deepspeed.init_distributed(accelerator.communication_backend_name(), verbose=False)
+    deepspeed.init_distributed(accelerator.communication_backend_name(), verbose=False)
     name = accelerator.device_name()
     device = torch.device(name if name == "cpu" else f"{name}:{local_rank}")
     return World(rank, local_rank, torch.distributed.get_world_size(), device)

@@ -55,8 +55,7 @@ def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Path) 
     folder = tmp_path_factory.mktemp("tiny_tokenizer") / "tokenizer"
     data_prep_main.run_stage(
         "train_tokenizer",
-        ["--input", f"{tiny_corpus}/*.jsonl", "--output_dir", str(folder)]
-        + ["--type", "bpe", "--vocab_size", str(TINY_VOCABULARY)],
+        f"--input {tiny_corpus}/*.jsonl --output_dir {folder} --type bpe --vocab_size {TINY_VOCABULARY}".split(),
     )
     return folder
 

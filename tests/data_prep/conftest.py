@@ -1,5 +1,6 @@
 """`python -m data_prep` as a user runs it."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -72,8 +73,6 @@ def start_data_prep() -> Iterator[Callable[..., "subprocess.Popen[str]"]]:
 
     yield start
     for process in started:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         process.communicate()

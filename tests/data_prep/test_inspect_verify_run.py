@@ -178,10 +178,9 @@ def test_a_wrong_job_is_one_error_before_any_stage_runs(job, tmp_path, data_prep
 def test_a_missing_or_wrong_value_is_found_before_any_stage_runs(job, tmp_path, data_prep):
     for flags, message in [
         ("{shards: x}", "the following arguments are required: --objective, --sequence_length"),
-        ("{shards: x, objective: diffusion, sequence_length: 8}", "invalid choice: 'diffusion'"),
+        ("{shards: x, objective: diffusion, sequence_length: 8}", "argument --objective: invalid choice: 'diffusion'"),
     ]:
-        outcome = data_prep("run", job(pack=flags))
-        assert outcome.status == 2 and message in outcome.stderr
+        assert f"job.yaml: pack: {message}" in data_prep("run", job(pack=flags)).error
         assert sorted(path.name for path in tmp_path.iterdir()) == ["job.yaml"]
 
 

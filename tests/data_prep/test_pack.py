@@ -53,7 +53,7 @@ shard_lengths = st.lists(st.lists(st.integers(1, 30), max_size=12), min_size=1, 
 
 
 @given(lengths=shard_lengths, more=shard_lengths, fraction=st.floats(0, 0.9))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_training_and_held_out_documents_are_disjoint_complete_and_stay_when_shards_join(
     lengths, more, fraction, tmp_path_factory
 ):

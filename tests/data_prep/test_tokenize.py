@@ -16,7 +16,7 @@ import pytest
 from data_prep.durable import TEMPORARY_SUFFIX
 from data_prep.encoding import load_tokenizer_info
 from data_prep.errors import UserError
-from data_prep.shards import ShardSet
+from data_prep.shards import Shard, ShardSet
 from data_prep.tokenize import tokenize
 
 PART_BYTES = 20_000
@@ -151,6 +151,18 @@ def test_an_interrupted_job_continues_to_the_same_bytes(
         assert (output / "manifest.json").read_bytes() == (tmp_path / "whole/manifest.json").read_bytes()
 
 
+def test_ctrl_c_while_the_workers_start_is_no_traceback(slow_job, tiny_tokenizer, tmp_path, start_data_prep):
+    process = start_data_prep(
+        *flags(slow_job, tiny_tokenizer, tmp_path / "s"), "--part_megabytes", "1", "--workers", "2"
+    )
+    # The resource tracker and two workers, which are importing their modules.
+    wait_for(lambda: len(psutil.Process(process.pid).children()) == 3)
+    time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
+    stderr = process.communicate(timeout=30)[1]
+    assert process.returncode == 130 and "Traceback" not in stderr
+
+
 def test_what_is_up_to_date_is_not_made_again(tiny_corpus, tiny_tokenizer, tmp_path, data_prep):
     arguments = flags(f"{tiny_corpus}/*.jsonl", tiny_tokenizer, tmp_path / "s")
     assert data_prep(*arguments).status == 0
@@ -224,8 +236,7 @@ def test_bad_input_is_one_error_and_leaves_nothing_that_looks_finished(tiny_toke
     assert not (output / "manifest.json").exists()
     assert not list(output.rglob(f"*{TEMPORARY_SUFFIX}"))
     for index in output.glob("*.idx"):  # parts that were done before the bad line are whole
-        assert index.with_suffix(".bin").exists()
-        json.loads((output / ".parts" / f"{index.stem}.json").read_bytes())
+        assert Shard(index.with_suffix("")).documents > 0
     with pytest.raises(UserError, match=r"manifest\.json is missing"):
         ShardSet.open(output)
 

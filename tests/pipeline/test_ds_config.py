@@ -131,8 +131,8 @@ def test_a_scheduler_that_the_recipe_has_not_is_refused() -> None:
 def test_a_number_of_steps_beside_a_number_of_tokens_names_both() -> None:
     recipe = {"training": {"global_batch_size": 16, "max_tokens": 1_000_000}}
     assert fault_of(recipe, {"scheduler": {"params": {"total_num_steps": 150}}}) == (
-        "x.json: scheduler.params.total_num_steps is 150, but the run's length is training.max_tokens 1000000 in r.yaml;"
-        " the recipe decides it: leave the key out of the ds_config"
+        "x.json: scheduler.params.total_num_steps is 150, but the run's length is training.max_tokens 1000000 in"
+        " r.yaml; the recipe decides it: leave the key out"
     )
 
 

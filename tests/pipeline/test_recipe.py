@@ -68,7 +68,7 @@ def test_a_good_recipe_passes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("lr: 1.0e-3", "lr: 1.0e-3, weight_deacy: 0.1", "unknown key 'optimizer.weight_deacy'; did you mean weight_decay?"),
+        ("lr: 1.0e-3", "lr: 1, weight_deacy: 0.1", "unknown key 'optimizer.weight_deacy'; did you mean weight_decay?"),
         ("schedule:", "scheduel:", "unknown key 'scheduel'; did you mean schedule?"),
         (
             "min_lr: 1.0e-4",
@@ -77,7 +77,7 @@ def test_a_good_recipe_passes(tmp_path: Path) -> None:
         ),
         ("{lr: 1.0e-3}", "1.0e-3", "optimizer: expected a mapping, found 0.001"),
         ("{lr: 1.0e-3}", "", "optimizer: expected a mapping, found None"),
-        ("max_steps: 110", "max_steps: many", "training.max_steps is 'many': expected a valid integer, unable to parse"),
+        ("max_steps: 110", "max_steps: many", "training.max_steps is 'many': expected a valid integer"),
         ("max_steps: 110", "max_steps: 1.5", "training.max_steps is 1.5: expected a valid integer"),
         ("max_steps: 110", "max_steps: yes", "training.max_steps: found the truth value true, which no field takes"),
         ("lr: 1.0e-3", "lr: [1]", "optimizer.lr is [1]: expected a valid number"),
@@ -97,7 +97,7 @@ def test_a_good_recipe_passes(tmp_path: Path) -> None:
         ("max_steps: 110", "max_steps: null", "training: give either max_steps or max_tokens"),
         ("model:", "masking: {mask: 0.9, random: 0.2}\nmodel:", "masking: mask + random is 1.1, expected at most 1"),
     ],
-)  # fmt: skip
+)
 def test_a_fault_is_one_line_that_names_file_key_and_value(tmp_path: Path, old: str, new: str, message: str) -> None:
     assert old in GOOD
     assert fault_in(tmp_path, GOOD.replace(old, new)).startswith(f"r.yaml: {message}")
@@ -199,7 +199,7 @@ def test_samples_longer_than_the_models_positions_are_refused() -> None:
         end_of_document=0, padding=None, classification=None, separator=None, mask=None, unknown=None
     )
     tokenizer = TokenizerInfo(Path("t"), "f", 8192, special)
-    with pytest.raises(UserError, match="data.sequence_length is 2048, but the model has 1024 positions"):
+    with pytest.raises(UserError, match=r"^data\.sequence_length is 2048, but the model has 1024 positions"):
         make_model_config(overridden(("data.sequence_length", "2048")), tokenizer)
 
 
@@ -215,20 +215,18 @@ def test_a_flag_for_one_length_replaces_the_files_other() -> None:
         ("training.max_step", "1", "unknown flag --training.max_step; did you mean --training.max_steps?"),
         ("optimizer.betas", "[0.9", "--optimizer.betas [0.9: not YAML (expected ',' or ']', but got '<stream end>')"),
         ("model.config.n_layer", "{", "--model.config.n_layer {: not YAML"),
-        ("model.config", "{base: a, base: b}", "--model.config {base: a, base: b}: not YAML (key 'base' is given twice)"),
+        ("model.config", "{a: 1, a: 2}", "--model.config {a: 1, a: 2}: not YAML (key 'a' is given twice)"),
         ("seed", "-1", "r.yaml: seed is -1: expected greater than or equal to 0"),
         ("optimizer.lr", "on", "r.yaml: optimizer.lr: found the truth value true, which no field takes"),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_flag_is_one_line(flag: str, text: str, message: str) -> None:
     assert fault_of_flags((flag, text)).startswith(message)
 
 
 def test_the_command_line_hands_its_flags_to_the_recipe() -> None:
-    arguments = parse_arguments(
-        ["--deepspeed_config", "x.json", "--training.max_steps", "9", "--model.config.n_layer=6", "--optimizer.betas"]
-        + ["[0.9, 0.98]"]
-    )
+    line = ["--deepspeed_config", "x.json", "--training.max_steps", "9", "--model.config.n_layer=6"]
+    arguments = parse_arguments([*line, "--optimizer.betas", "[0.9, 0.98]"])
     recipe = overridden(*arguments.overrides)
     assert (recipe.max_steps, recipe.optimizer.betas) == (9, (0.9, 0.98))
     assert recipe.model.config == {"base": "gpt2-124m", "n_layer": 6}
