@@ -222,12 +222,8 @@ def _run_tasks(tasks: dict[int, _Task], total_bytes: int, workers: int, descript
 
         futures: dict[Future[dict[str, Any]], int] = {}
         try:
-            # Ctrl-C reaches the whole process group. Workers inherit the blocked signal: the parent ends them.
-            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-            try:
+            with _signals_held_back():
                 futures = {executor.submit(_do_part, task): index for index, task in tasks.items()}
-            finally:
-                signal.pthread_sigmask(signal.SIG_SETMASK, before)
             waiting = set(futures)
             while waiting:
                 done, waiting = wait(waiting, timeout=_REPORT_SECONDS, return_when=FIRST_COMPLETED)
@@ -247,6 +243,28 @@ def _run_tasks(tasks: dict[int, _Task], total_bytes: int, workers: int, descript
             executor.shutdown(wait=True, cancel_futures=True)
             raise
     return results
+
+
+@contextlib.contextmanager
+def _signals_held_back() -> Iterator[None]:
+    """SIGINT and SIGTERM wait for the end of the block, so that no process is left half started.
+
+    Ctrl-C reaches the whole process group; processes started in the block inherit SIGINT blocked, for it is the
+    parent that ends them. The mask is this thread's alone: a handler that only takes note covers the others.
+    """
+    held: list[int] = []
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in handlers:
+        signal.signal(number, lambda received, _: held.append(received))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    for received in held:
+        signal.raise_signal(received)
 
 
 def _kept_result(task: _Task) -> dict[str, Any] | None:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from data_prep.errors import UserError
 from pipeline import ops
 from pipeline.ds_config import merge_into_recipe
 from pipeline.ds_config_keys import check_ds_config_keys, read_ds_config
@@ -18,6 +19,9 @@ def resolve(
     the first thing that is wrong in either file, or in what they say together.
     """
     raw = read_recipe_file(recipe_path)
+    lengths = {"training.max_steps", "training.max_tokens"}
+    if lengths <= {name for name, _ in overrides}:
+        raise UserError("--training.max_steps and --training.max_tokens are two ways to say one thing; give one")
     for name, text in overrides:
         override(raw, name, text)
     ds_config = read_ds_config(ds_config_path)

@@ -62,12 +62,13 @@ def open_shards(section: DataSection) -> ShardSet:
 
 
 def plan_samples(recipe: Recipe) -> None:
-    """Writes the plan of the recipe's samples beside the shards where it is not there yet."""
+    """Writes the plan of the recipe's samples beside the shards unless it is there, whole and of these shards."""
     section = recipe.data
     shards = open_shards(section)
     settings = (recipe.objective, section.sequence_length, section.validation_fraction)
-    if read_plan(shards, *settings) is None:
-        write_plan(shards.folder, make_plan(shards, *settings))
+    plan = make_plan(shards, *settings)
+    if read_plan(shards, *settings) != plan:
+        write_plan(shards.folder, plan)
 
 
 def open_data(recipe: Recipe) -> Data:

@@ -50,6 +50,8 @@ def merge_into_recipe(
     for section in ("optimizer", "scheduler"):
         stated.update(_leaves(config.get(section) or {}, section))
     for key, value in stated.items():
+        if key in ("scheduler.params.warmup_type", "scheduler.params.cos_min_ratio"):
+            continue
         if key not in _SHARED:
             raise UserError(
                 f"{config_source}: {key} cannot be taken over; state the {key.split('.')[0]} in the recipe and leave it"
@@ -61,6 +63,15 @@ def merge_into_recipe(
                     f"{config_source}: scheduler.type is {value!r}, expected one of {', '.join(_SCHEDULES)};"
                     " or state the schedule in the recipe"
                 )
+            # DeepSpeed's defaults are a logarithmic warm-up and a cosine that ends above 0; ours is what is stated.
+            params = (config["scheduler"].get("params") or {}).items()
+            wanted = {"warmup_type": "linear"} | ({"cos_min_ratio": 0} if value == "WarmupCosineLR" else {})
+            for name, needed in wanted.items():
+                if (name, needed) not in params:
+                    raise UserError(
+                        f"{config_source}: scheduler.params.{name} has to be {needed!r}, stated, to be taken over;"
+                        " or state the schedule in the recipe and leave it out of the ds_config"
+                    )
             value = _SCHEDULES[value]
         section, _, field = _SHARED[key].partition(".")
         known = raw.setdefault(section, {})

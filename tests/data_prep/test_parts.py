@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 
 from data_prep.errors import UserError
-from data_prep.parts import PARTS_FOLDER, available_cores, finish_parts, megabytes, positive_integer, run_parts
+from data_prep.parts import (
+    PARTS_FOLDER,
+    _signals_held_back,
+    available_cores,
+    finish_parts,
+    megabytes,
+    positive_integer,
+    run_parts,
+)
 
 
 def run(output_dir: Path, function, parts, inputs=None, job=None, workers=2):
@@ -109,9 +117,18 @@ def test_a_killed_worker_is_explained_and_leaves_no_temporary_file(tmp_path, imp
 
 
 def test_ctrl_c_is_answered_after_the_workers_have_started(tmp_path, importable):
-    """The signal is blocked only while they start."""
+    """The signal is held back only while they start."""
+    handler = signal.getsignal(signal.SIGINT)
     run(tmp_path, importable.double, [(1, str(tmp_path))])
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_a_signal_that_is_held_back_is_not_lost():
+    with pytest.raises(KeyboardInterrupt), _signals_held_back():
+        signal.raise_signal(signal.SIGINT)
+        reached = True
+    assert reached
 
 
 def test_available_cores_are_those_of_this_process():

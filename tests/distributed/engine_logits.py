@@ -5,16 +5,16 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-import json
+import json  # noqa: E402
 
-import torch
+import torch  # noqa: E402
 
-from pipeline import checkpoint
-from pipeline.ds_config import zero_stage
-from pipeline.engine import Engine
-from pipeline.model import build_model
-from pipeline.recipe import check_recipe
-from pipeline.startup import init_distributed, set_environment
+from pipeline import checkpoint  # noqa: E402
+from pipeline.ds_config import zero_stage  # noqa: E402
+from pipeline.engine import Engine  # noqa: E402
+from pipeline.model import build_model  # noqa: E402
+from pipeline.recipe import check_recipe  # noqa: E402
+from pipeline.startup import init_distributed, set_environment  # noqa: E402
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 MODELS = {
     "causal": {"base": "demo-gpt", "n_layer": 2, "n_embd": 32, "n_head": 2, "n_positions": 64},
     "mlm": {
-        "base": "demo-bert",
+        "base": "bert-base",
         "num_hidden_layers": 2,
         "hidden_size": 32,
         "num_attention_heads": 2,

@@ -72,7 +72,7 @@ def test_old_checkpoints_are_pruned_and_all_have_final_names(finished):
 
 
 def test_ctrl_c_leaves_everything_whole_and_the_same_command_finishes_the_same_run(finished, tmp_path):
-    recipe, straight, _ = finished
+    recipe, _, _ = finished
     run = tmp_path / "run"
     slow = yaml.safe_load(Path(recipe).read_text())
     slow["checkpoint"]["every_steps"] = 1
@@ -106,7 +106,7 @@ def test_the_demo_makes_its_own_data_when_it_is_missing(tmp_path):
     job = yaml.safe_load((ROOT / "data_prep" / "jobs" / "demo.yaml").read_text())
     job["builtin_corpus"]["max_megabytes"] = 0.4
     job["train_tokenizer"]["vocab_size"] = 1024
-    (tmp_path / "job.yaml").write_text(yaml.safe_dump(job))
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(job, sort_keys=False))
     command = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", "2", "--master_port", "29555"]
     command += ["pipeline/pretrain.py", "--deepspeed_config", "ds_configs/zero2.json", "--data.prepare", "job.yaml"]
     command += ["--training.max_steps", "2", "--model.config.n_layer", "1", "--model.config.n_embd", "48"]

@@ -36,7 +36,7 @@ DS_CONFIG: dict[str, Any] = {
     "optimizer": {"type": "AdamW", "params": {"lr": 2e-3, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}},
     "scheduler": {
         "type": "WarmupCosineLR",
-        "params": {"warmup_num_steps": 20, "total_num_steps": 150},
+        "params": {"warmup_num_steps": 20, "total_num_steps": 150, "warmup_type": "linear", "cos_min_ratio": 0},
     },
     "zero_optimization": {"stage": 2},
 }
@@ -84,7 +84,10 @@ def test_what_the_recipe_leaves_out_is_taken_from_the_ds_config() -> None:
     ("theirs", "ours"), [("WarmupLR", "constant"), ("WarmupDecayLR", "linear"), ("WarmupCosineLR", "cosine")]
 )
 def test_a_scheduler_of_deepspeed_is_taken_over_by_its_shape(theirs: str, ours: str) -> None:
-    scheduler = {"type": theirs, "params": {"warmup_max_lr": 1e-3, "warmup_num_steps": 7}}
+    params = {"warmup_max_lr": 1e-3, "warmup_num_steps": 7, "warmup_type": "linear"}
+    if ours == "cosine":
+        params["cos_min_ratio"] = 0
+    scheduler = {"type": theirs, "params": params}
     merged, _ = merge({}, {"scheduler": scheduler})
     assert merged == {"schedule": {"type": ours, "warmup_steps": 7}, "optimizer": {"lr": 1e-3}}
 
@@ -115,10 +118,25 @@ def test_a_contradiction_names_both_files_keys_and_values(path: str, value: obje
 
 
 def test_another_schedule_is_a_contradiction_in_the_recipes_words() -> None:
-    assert fault_of(RECIPE, {"scheduler": {"type": "WarmupDecayLR"}}) == (
+    assert fault_of(RECIPE, {"scheduler": {"type": "WarmupDecayLR", "params": {"warmup_type": "linear"}}}) == (
         "x.json: scheduler.type is 'linear', but schedule.type is 'cosine' in r.yaml;"
         " the recipe decides it: leave the key out of the ds_config or make them equal"
     )
+
+
+@pytest.mark.parametrize(
+    ("theirs", "params", "missing"),
+    [
+        ("WarmupDecayLR", {}, "warmup_type"),
+        ("WarmupDecayLR", {"warmup_type": "log"}, "warmup_type"),
+        ("WarmupCosineLR", {"warmup_type": "linear"}, "cos_min_ratio"),
+        ("WarmupCosineLR", {"warmup_type": "linear", "cos_min_ratio": 0.1}, "cos_min_ratio"),
+    ],
+)
+def test_what_deepspeeds_schedulers_leave_to_their_defaults_has_to_be_stated(theirs, params, missing) -> None:
+    """Their warm-up is logarithmic, and their cosine ends at 1e-4 of the peak, unless told otherwise."""
+    fault = fault_of({}, {"scheduler": {"type": theirs, "params": params}})
+    assert fault.startswith(f"x.json: scheduler.params.{missing} has to be ")
 
 
 def test_a_scheduler_that_the_recipe_has_not_is_refused() -> None:
@@ -141,7 +159,6 @@ def test_a_number_of_steps_beside_a_number_of_tokens_names_both() -> None:
     [
         ({"optimizer": {"params": {"bias_correction": False}}}, "optimizer.params.bias_correction"),
         ({"optimizer": {"legacy_fusion": True}}, "optimizer.legacy_fusion"),
-        ({"scheduler": {"params": {"cos_min_ratio": 0.1}}}, "scheduler.params.cos_min_ratio"),
     ],
 )
 def test_what_the_recipe_cannot_express_is_refused_by_name(stated: dict[str, Any], key: str) -> None:
