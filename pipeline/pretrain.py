@@ -161,6 +161,7 @@ def run(arguments: Arguments, timings: Timings) -> None:
         metrics.close()
     if world.is_first:
         provenance.log_summary(output_dir, data.shards, time.perf_counter() - started, logger)
+    world.close()
 
 
 def main(argv: list[str]) -> int:

@@ -91,6 +91,13 @@ class World:
 
         deepspeed.comm.barrier()
 
+    def close(self) -> None:
+        """Ends the process group on every rank together: torch's threads that outlive it can abort the exit."""
+        import deepspeed.comm
+
+        deepspeed.comm.barrier()
+        deepspeed.comm.destroy_process_group()
+
     @contextlib.contextmanager
     def first_alone(self) -> Iterator[bool]:
         """Yields True on rank 0 and False elsewhere; the others leave the block when rank 0 has left it.
