@@ -24,7 +24,7 @@ $(INSTALLED): requirements.lock pyproject.toml
 
 pretrain: $(INSTALLED)
 	$(BIN)/python -m data_prep run data_prep/jobs/demo.yaml
-	$(BIN)/deepspeed --num_accelerators $(RANKS) pipeline/pretrain.py --deepspeed_config ds_configs/zero2.json
+	$(BIN)/deepspeed --log_level error --num_accelerators $(RANKS) pipeline/pretrain.py --deepspeed_config ds_configs/zero2.json
 	$(BIN)/python -m pipeline.export --checkpoint $(RUN) --output_dir $(EXPORTED) --overwrite
 	$(BIN)/python -m pipeline.generate --model $(EXPORTED) --prompt "Return the mean of" --max_new_tokens 60
 	@echo

@@ -67,10 +67,17 @@ def tokenizer_fingerprint(folder: Path | str) -> str:
     `manifest.json` and files that say nothing about the ids are left out. Raises UserError as
     `load_tokenizer_info` does for a folder that is missing or has no tokenizer.json.
     """
+    return fingerprint_of({path.name: durable.sha256_of(path) for path in tokenizer_files(folder)})
+
+
+def tokenizer_files(folder: Path | str) -> list[Path]:
+    """The files that make up the tokenizer in `folder`, which may hold others, such as a model's.
+
+    Raises UserError as `load_tokenizer_info` does for a folder that is missing or has no tokenizer.json.
+    """
     folder = _checked_folder(folder)
-    paths = [folder / name for name in _FINGERPRINTED if (folder / name).is_file()]
-    paths += [path for path in folder.glob("*.model") if path.is_file()]
-    return fingerprint_of({path.name: durable.sha256_of(path) for path in paths})
+    named = [folder / name for name in _FINGERPRINTED if (folder / name).is_file()]
+    return sorted([*named, *(path for path in folder.glob("*.model") if path.is_file())])
 
 
 def fingerprint_of(sha256_by_name: dict[str, str]) -> str:

@@ -50,6 +50,13 @@ def prepare(section: DataSection) -> None:
         raise UserError(f"data.prepare: {section.prepare} does not make data.shards {section.shards}")
 
 
+def wait_for_shards(section: DataSection) -> None:
+    """Returns when another rank has made the shards. A collective would do, but for its time-out: a corpus may take
+    hours. (When that rank fails, the launcher ends this one.)"""
+    while is_missing(section):
+        time.sleep(0.2)
+
+
 def open_shards(section: DataSection) -> ShardSet:
     """The recipe's shards; raises UserError saying how to make them when they are missing."""
     folder = Path(section.shards)

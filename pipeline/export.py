@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_prep import durable
-from data_prep.encoding import load_tokenizer_info
+from data_prep.encoding import load_tokenizer_info, tokenizer_files
 from data_prep.errors import UserError
 from pipeline import checkpoint
 from pipeline.metrics import read_validation
@@ -83,7 +83,9 @@ def export(checkpoint_dir: Path, output_dir: Path, dtype: str | None = None) -> 
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, GenerationConfig
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     run_dir, folder = find_checkpoint(checkpoint_dir)
     run, info = read_run(run_dir), checkpoint.read_info(folder)
     checkpoint.verify(folder, info)
@@ -119,7 +121,7 @@ def export(checkpoint_dir: Path, output_dir: Path, dtype: str | None = None) -> 
 def write_tokenizer(source: Path, target: Path, objective: str) -> None:
     """Copies a run's tokenizer. For masked LM it gets BERT's frame ([CLS] text [SEP]), and the mask token is
     recognised in text, as `fill-mask` needs."""
-    for path in sorted(source.iterdir()):
+    for path in tokenizer_files(source):
         durable.write_bytes(target / path.name, path.read_bytes())
     if objective != "mlm":
         return

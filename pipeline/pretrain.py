@@ -18,7 +18,7 @@ if __name__ == "__main__":
 
 from data_prep.errors import UserError
 from pipeline.arguments import Arguments, parse_arguments
-from pipeline.startup import Timings, set_environment
+from pipeline.startup import Timings, leave, set_environment
 
 EXIT_INTERRUPTED = 130
 
@@ -32,7 +32,16 @@ def run(arguments: Arguments, timings: Timings) -> None:
 
     from pipeline import checkpoint, ops, provenance
     from pipeline.batch import plan_batches
-    from pipeline.data import Ahead, is_missing, open_data, plan_samples, prepare, step_batches, validation_batches
+    from pipeline.data import (
+        Ahead,
+        is_missing,
+        open_data,
+        plan_samples,
+        prepare,
+        step_batches,
+        validation_batches,
+        wait_for_shards,
+    )
     from pipeline.ds_config import complete_ds_config, describe, precision, zero_stage
     from pipeline.metrics import Metrics
     from pipeline.startup import init_distributed, open_log
@@ -55,11 +64,12 @@ def run(arguments: Arguments, timings: Timings) -> None:
     timings.finished("imports")
 
     # The data, made first where the recipe says how; and C++ ops, built ahead once a host.
+    if is_missing(recipe.data) and world.is_first:
+        logger.info(f"{recipe.data.shards} is missing: making it with {recipe.data.prepare}")
+        prepare(recipe.data)
+    wait_for_shards(recipe.data)
     with world.first_alone() as first:
         if first:
-            if is_missing(recipe.data):
-                logger.info(f"{recipe.data.shards} is missing: making it with {recipe.data.prepare}")
-                prepare(recipe.data)
             plan_samples(recipe)
     data = open_data(recipe)
     ops.build_ops(ops.required_ops(ds_config, world.device.type), logger.info)
@@ -187,4 +197,4 @@ def _terminate(signum: int, _: FrameType | None) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, _terminate)  # the launcher's way to stop its ranks
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

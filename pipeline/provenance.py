@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep import durable
+from data_prep.encoding import tokenizer_files
 from data_prep.errors import UserError
 from data_prep.shards import ShardSet, unigram_entropy
 from pipeline.data import Data
@@ -81,9 +82,8 @@ def record_run(
     target = output_dir / TOKENIZER_FOLDER
     if not target.exists():
         with durable.replacing_folder(target) as temporary:
-            for path in data.tokenizer.folder.iterdir():
-                if path.is_file():
-                    shutil.copyfile(path, temporary / path.name)
+            for path in tokenizer_files(data.tokenizer.folder):
+                shutil.copyfile(path, temporary / path.name)
     durable.write_json(
         output_dir / RUN_NAME,
         {

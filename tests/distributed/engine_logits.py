@@ -14,7 +14,7 @@ from pipeline.ds_config import zero_stage  # noqa: E402
 from pipeline.engine import Engine  # noqa: E402
 from pipeline.model import build_model  # noqa: E402
 from pipeline.recipe import check_recipe  # noqa: E402
-from pipeline.startup import init_distributed, set_environment  # noqa: E402
+from pipeline.startup import init_distributed, leave, set_environment  # noqa: E402
 
 
 def main() -> None:
@@ -35,6 +35,8 @@ def main() -> None:
         logits = engine.deepspeed(input_ids=torch.arange(96).view(3, 32)).logits
     if world.is_first:
         torch.save(logits, output)
+    world.close()
+    leave(0)
 
 
 if __name__ == "__main__":

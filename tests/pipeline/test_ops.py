@@ -271,6 +271,7 @@ def test_the_users_own_choice_of_folder_stands(monkeypatch: pytest.MonkeyPatch) 
 TRAIN_TWO_STEPS = """
 import torch
 from pipeline.ops import skip_unused_ops
+from pipeline.startup import leave
 
 skip_unused_ops()
 import deepspeed
@@ -286,6 +287,8 @@ for stage in (2, 3):
         engine.step()
     if deepspeed.comm.get_rank() == 0:
         print(f"trained at stage {stage}", flush=True)
+deepspeed.comm.barrier()
+leave(0)
 """
 
 
