@@ -124,17 +124,23 @@ def save(
     return final
 
 
-def load(engine: Any, folder: Path, world: World, *, zero_stage: int) -> CheckpointInfo:
-    """Restores the engine from a checkpoint folder and returns what it is.
-
-    Raises UserError for a damaged checkpoint, or one that another world size or ZeRO stage wrote.
-    """
+def check_fits(folder: Path, world: World, zero_stage: int) -> CheckpointInfo:
+    """What a checkpoint is; raises UserError when another world size or ZeRO stage wrote it, or it is damaged."""
     info = read_info(folder)
     if (info.world_size, info.zero_stage) != (world.size, zero_stage):
         raise UserError(
             f"{folder} was written by {info.world_size} ranks at ZeRO stage {info.zero_stage}, this start has"
             f" {world.size} ranks at stage {zero_stage}; start it as it was written"
         )
+    return info
+
+
+def load(engine: Any, folder: Path, world: World, *, zero_stage: int) -> CheckpointInfo:
+    """Restores DeepSpeed's engine from a checkpoint folder and returns what it is.
+
+    Raises UserError as `check_fits` and `verify` do.
+    """
+    info = check_fits(folder, world, zero_stage)
     with world.first_alone() as first:
         if first:
             verify(folder, info)

@@ -5,6 +5,7 @@ same or leaves it out; what the recipe leaves out is taken from there.
 """
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 from data_prep.errors import UserError
@@ -112,26 +113,37 @@ def complete_ds_config(config: dict[str, Any], recipe: Recipe, batches: BatchPla
     }
 
 
-def precision(config: dict[str, Any]) -> str:
-    """ "bf16", "fp16" or "fp32": the precision of the weights that the forward pass uses."""
+def precision(config: Mapping[str, Any]) -> str:
+    """The precision of the weights that the forward pass uses: "bf16", "fp16" or "fp32"."""
     for name in ("bf16", "fp16"):
         if (config.get(name) or {}).get("enabled"):
             return name
     return "fp32"
 
 
-def zero_stage(config: dict[str, Any]) -> int:
-    return int((config.get("zero_optimization") or {}).get("stage", 0))
+def _zero_section(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    section = config.get("zero_optimization") or {}
+    return {"stage": 1} if section is True else section  # deprecated: true is stage 1
 
 
-def describe(config: dict[str, Any], recipe: Recipe) -> str:
-    """Stage, precision and optimizer in words."""
-    offloaded = " offloaded" if offloads_optimizer(config) else ""
-    return f"ZeRO {zero_stage(config)}, {precision(config)}, {recipe.optimizer.type}{offloaded}"
+def zero_stage(config: Mapping[str, Any]) -> int:
+    return int(_zero_section(config).get("stage", 0))
 
 
-def offloads_optimizer(config: dict[str, Any]) -> bool:
+def offload_device(config: Mapping[str, Any], what: str) -> str:
+    """Where the states ("optimizer") or weights ("param") are kept: "none" (with the model), "cpu" or "nvme"."""
+    section = _zero_section(config)
     if zero_stage(config) == 0:
-        return False
-    device = ((config.get("zero_optimization") or {}).get("offload_optimizer") or {}).get("device", "none")
-    return str(device) in ("cpu", "nvme")
+        return "none"
+    offload = section.get(f"offload_{what}")
+    if isinstance(offload, Mapping):
+        return str(offload.get("device", "none"))
+    deprecated = "cpu_offload" if what == "optimizer" else "cpu_offload_param"
+    return "cpu" if section.get(deprecated) else "none"
+
+
+def describe(config: Mapping[str, Any], recipe: Recipe) -> str:
+    """Stage, precision and optimizer in words."""
+    device = offload_device(config, "optimizer")
+    offloaded = "" if device == "none" else f" offloaded to {device}"
+    return f"ZeRO {zero_stage(config)}, {precision(config)}, {recipe.optimizer.type}{offloaded}"

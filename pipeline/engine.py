@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pipeline.ds_config import offloads_optimizer, precision, zero_stage
+from pipeline.ds_config import offload_device, precision, zero_stage
 from pipeline.objective import loss_sum
 from pipeline.randomness import seed_of
 from pipeline.recipe import OptimizerSection
@@ -38,7 +38,7 @@ def make_optimizer(
 
     groups = parameter_groups(model, recipe.weight_decay)
     common: dict[str, Any] = {"lr": 0.0, "betas": recipe.betas, "eps": recipe.eps}
-    if offloads_optimizer(ds_config):
+    if offload_device(ds_config, "optimizer") != "none":
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         return DeepSpeedCPUAdam(groups, adamw_mode=True, **common)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.errors import UserError
+from pipeline.ds_config import offload_device
 
 CPU_ADAM = "cpu_adam"
 PIN_MEMORY = "pin_memory"
@@ -78,11 +79,7 @@ def required_ops(ds_config: Mapping[str, Any], device_type: str) -> list[str]:
     Only offload needs any: the optimizer on the device is torch's own fused AdamW. NVMe needs asynchronous
     I/O as well, and on a GPU with aio.use_gds the GPUDirect variant. Stage 0 offloads nothing.
     """
-    zero = ds_config.get("zero_optimization", {})
-    if not isinstance(zero, Mapping) or not zero.get("stage", 0):
-        return []
-    optimizer_device = _offload_device(zero, "offload_optimizer", "cpu_offload")
-    parameter_device = _offload_device(zero, "offload_param", "cpu_offload_param")
+    optimizer_device, parameter_device = (offload_device(ds_config, what) for what in ("optimizer", "param"))
     names = [CPU_ADAM] if optimizer_device in ("cpu", "nvme") else []
     if "nvme" in (optimizer_device, parameter_device):
         names += [PIN_MEMORY, ASYNC_IO]  # AsyncIOBuilder.load loads the former first.
@@ -218,13 +215,6 @@ def _is_build_tool(process: Path) -> bool:
     """Whether it is ninja, or writes an object or a library (a shell or an editor in the folder builds nothing)."""
     program, *arguments = (process / "cmdline").read_bytes().split(b"\0")
     return program.endswith(b"ninja") or any(argument.endswith((b".o", b".so")) for argument in arguments)
-
-
-def _offload_device(zero: Mapping[str, Any], section: str, deprecated_flag: str) -> str:
-    offload = zero.get(section)
-    if isinstance(offload, Mapping):
-        return str(offload.get("device", "none"))
-    return "cpu" if zero.get(deprecated_flag) else "none"
 
 
 def _processor_digest() -> str:

@@ -61,6 +61,8 @@ def run(arguments: Arguments, timings: Timings) -> None:
     )
     ds_config = complete_ds_config(ds_config, recipe, batches)
     resume_from = checkpoint.find(arguments.resume, output_dir)
+    if resume_from is not None:
+        checkpoint.check_fits(resume_from, world, zero_stage(ds_config))
     timings.finished("imports")
 
     # The data, made first where the recipe says how; and C++ ops, built ahead once a host.
@@ -72,6 +74,8 @@ def run(arguments: Arguments, timings: Timings) -> None:
         if first:
             plan_samples(recipe)
     data = open_data(recipe)
+    if resume_from is not None:
+        provenance.check_unchanged(output_dir, recipe, data)
     ops.build_ops(ops.required_ops(ds_config, world.device.type), logger.info)
     timings.finished("data")
 
@@ -90,8 +94,6 @@ def run(arguments: Arguments, timings: Timings) -> None:
         first_step = checkpoint.load(engine.deepspeed, resume_from, world, zero_stage=zero_stage(ds_config)).step
     with world.first_alone() as first:
         if first:
-            if resume_from is not None:
-                provenance.check_unchanged(output_dir, recipe, data)
             provenance.record_run(output_dir, recipe, ds_config, data, model_config.to_dict())
     timings.finished("engine")
 

@@ -9,7 +9,7 @@ import pytest
 
 from data_prep.errors import UserError
 from pipeline.batch import BatchPlan, plan_batches
-from pipeline.ds_config import complete_ds_config, merge_into_recipe, offloads_optimizer, precision, zero_stage
+from pipeline.ds_config import complete_ds_config, merge_into_recipe, offload_device, precision, zero_stage
 from pipeline.recipe import check_recipe
 
 DS_CONFIGS = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
@@ -139,6 +139,15 @@ def test_what_deepspeeds_schedulers_leave_to_their_defaults_has_to_be_stated(the
     assert fault.startswith(f"x.json: scheduler.params.{missing} has to be ")
 
 
+def test_deprecated_ways_to_say_stage_and_offload_are_understood() -> None:
+    assert zero_stage({"zero_optimization": True}) == 1
+    assert zero_stage({}) == 0 and zero_stage({"zero_optimization": False}) == 0
+    assert offload_device({"zero_optimization": {"stage": 2, "cpu_offload": True}}, "optimizer") == "cpu"
+    assert offload_device({"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}}, "optimizer") == (
+        "none"
+    )
+
+
 def test_a_scheduler_that_the_recipe_has_not_is_refused() -> None:
     assert fault_of({}, {"scheduler": {"type": "OneCycle"}}) == (
         "x.json: scheduler.type is 'OneCycle', expected one of WarmupLR, WarmupDecayLR, WarmupCosineLR;"
@@ -209,6 +218,6 @@ def test_deepspeed_reads_the_completed_config_as_we_do(path: Path, monkeypatch: 
         "bf16" if theirs.bfloat16_config.enabled else "fp16" if theirs.float16_config.enabled else "fp32"
     )
     offload = theirs.zero_config.offload_optimizer
-    assert offloads_optimizer(raw) == (offload is not None and offload.device in ("cpu", "nvme"))
+    assert offload_device(raw, "optimizer") == ("none" if offload is None else offload.device)
     assert theirs.optimizer_name is None
     assert theirs.scheduler_name is None
