@@ -12,6 +12,7 @@ This is the one module that knows the format; `data_prep` writes with it and `pi
     int64[]   index of each document's first sequence, and the end
 """
 
+import array
 import functools
 import hashlib
 import json
@@ -59,7 +60,7 @@ class ShardWriter:
         self._bin = prefix.with_name(prefix.name + ".bin")
         self._idx = prefix.with_name(prefix.name + ".idx")
         self._dtype = dtype
-        self._lengths: list[int] = []
+        self._lengths = array.array("i")
         self._digest = hashlib.sha256()
 
     def __enter__(self) -> "ShardWriter":
