@@ -5,7 +5,7 @@ from typing import Any
 
 from data_prep.errors import UserError
 from pipeline import ops
-from pipeline.ds_config import merge_into_recipe
+from pipeline.ds_config import check_carried_out, merge_into_recipe
 from pipeline.ds_config_keys import check_ds_config_keys, read_ds_config
 from pipeline.recipe import Recipe, check_recipe, override, read_recipe_file
 
@@ -27,6 +27,7 @@ def resolve(
     ds_config = read_ds_config(ds_config_path)
     ops.configure_environment()  # before the check imports deepspeed
     check_ds_config_keys(ds_config, str(ds_config_path))
+    check_carried_out(ds_config, str(ds_config_path))
     raw, ds_config = merge_into_recipe(
         raw, ds_config, recipe_source=str(recipe_path), config_source=str(ds_config_path)
     )

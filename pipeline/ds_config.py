@@ -28,6 +28,32 @@ _SHARED = {
 }
 # DeepSpeed's schedulers (deepspeed/runtime/lr_schedules.py) by the shape that they share with ours.
 _SCHEDULES = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
+# What the loop rests on: other values would change the gradients without a word.
+_FIXED = {"managed_gradient_accumulation": True, "gradient_allreduce_op": "mean"}
+# Sections that need more than DeepSpeed's engine gets from the loop so far: they would do nothing, or do harm.
+_NOT_CARRIED_OUT = (
+    "autotuning",
+    "checkpoint",
+    "compile",
+    "data_efficiency",
+    "datastates_ckpt",
+    "expert_parallel",
+    "hybrid_engine",
+    "pipeline",
+    "sequence_parallel_size",
+    "tensor_parallel",
+    "weight_quantization",
+)
+
+
+def check_carried_out(config: Mapping[str, Any], source: str) -> None:
+    """Raises UserError for a key that DeepSpeed knows but that a run here would not do justice to."""
+    for key, needed in _FIXED.items():
+        if key in config and config[key] != needed:
+            raise UserError(f"{source}: {key} is {config[key]!r}, but training here needs {needed!r}; leave it out")
+    for key in _NOT_CARRIED_OUT:
+        if key in config:
+            raise UserError(f'{source}: "{key}" is not carried out by pretrain.py so far; leave it out')
 
 
 def _leaves(config: dict[str, Any], prefix: str) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The DeepSpeed engine of a run: optimizer, precision, and steps whose gradients are the global batch's."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -47,11 +48,11 @@ def make_optimizer(
 
 @dataclass(frozen=True)
 class StepResult:
-    """loss: nats a target token of the global batch, before the update. grad_norm: before clipping. tokens: target
-    tokens of the global batch."""
+    """loss: nats a target token of the global batch, before the update. grad_norm: before clipping; None where the
+    ds_config turns it off, or where it overflowed and fp16 skips the step. tokens: targets of the global batch."""
 
     loss: float
-    grad_norm: float
+    grad_norm: float | None
     tokens: int
 
 
@@ -122,7 +123,8 @@ class Engine:
         distributed.all_reduce(total)
         if norm is None:
             norm = self.deepspeed.get_global_grad_norm()
-        return StepResult(float(total) / max(tokens, 1), float(norm), tokens)
+        finite = norm is not None and math.isfinite(norm)
+        return StepResult(float(total) / max(tokens, 1), float(norm) if finite else None, tokens)
 
     def _norm_of_gradients(self) -> "torch.Tensor":
         from torch.nn.utils import get_total_norm

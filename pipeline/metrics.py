@@ -63,10 +63,11 @@ class Metrics:
         now = time.monotonic()
         if self._bar.disable and (now - self._last_line > _LINE_SECONDS or step == self._max_steps):
             self._last_line = now
+            norm = "" if values["grad_norm"] is None else f"  grad norm {values['grad_norm']:.2f}"
             remaining = (now - self._started) / (step - self._first_step) * (self._max_steps - step)
             self._logger.info(
                 f"step {step:>6}/{self._max_steps}  loss {values['loss']:.4f}  lr {values['learning_rate']:.2e}"
-                f"  grad norm {values['grad_norm']:.2f}  {values['tokens_per_second']:,.0f} tokens/s"
+                f"{norm}  {values['tokens_per_second']:,.0f} tokens/s"
                 f"  {tqdm.format_interval(remaining)} left"
             )
 

@@ -8,8 +8,17 @@ from typing import Any
 import pytest
 
 from data_prep.errors import UserError
+from pipeline import ds_config
 from pipeline.batch import BatchPlan, plan_batches
-from pipeline.ds_config import complete_ds_config, merge_into_recipe, offload_device, precision, zero_stage
+from pipeline.ds_config import (
+    check_carried_out,
+    complete_ds_config,
+    merge_into_recipe,
+    offload_device,
+    precision,
+    zero_stage,
+)
+from pipeline.ds_config_keys import top_level_schema
 from pipeline.recipe import check_recipe
 
 DS_CONFIGS = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
@@ -137,6 +146,27 @@ def test_what_deepspeeds_schedulers_leave_to_their_defaults_has_to_be_stated(the
     """Their warm-up is logarithmic, and their cosine ends at 1e-4 of the peak, unless told otherwise."""
     fault = fault_of({}, {"scheduler": {"type": theirs, "params": params}})
     assert fault.startswith(f"x.json: scheduler.params.{missing} has to be ")
+
+
+@pytest.mark.parametrize(
+    ("stated", "words"),
+    [
+        ({"gradient_allreduce_op": "sum"}, "gradient_allreduce_op is 'sum', but training here needs 'mean'"),
+        ({"managed_gradient_accumulation": False}, "managed_gradient_accumulation is False, but training here needs"),
+        ({"tensor_parallel": {"autotp_size": 2}}, '"tensor_parallel" is not carried out'),
+        ({"compile": {"deepcompile": True}}, '"compile" is not carried out'),
+    ],
+)
+def test_what_the_loop_cannot_do_justice_to_is_refused(stated: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        check_carried_out(stated, "x.json")
+    assert str(caught.value).startswith(f"x.json: {words}")
+    assert str(caught.value).endswith("leave it out")
+
+
+def test_every_key_that_is_refused_is_one_that_deepspeed_knows() -> None:
+    """A name that DeepSpeed drops would stay in the table for ever."""
+    assert {*ds_config._FIXED, *ds_config._NOT_CARRIED_OUT} <= set(top_level_schema())
 
 
 def test_deprecated_ways_to_say_stage_and_offload_are_understood() -> None:
