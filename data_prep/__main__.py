@@ -1,7 +1,6 @@
 """`python -m data_prep STAGE ...`: the command line of every stage."""
 
 import argparse
-import difflib
 import importlib
 import os
 import signal
@@ -9,7 +8,7 @@ import sys
 from types import FrameType, ModuleType
 
 import data_prep
-from data_prep.errors import UserError
+from data_prep.errors import UserError, nearest
 
 # In the order in which a corpus passes through them. A stage's module is imported only when it is asked for.
 STAGES = {
@@ -71,9 +70,7 @@ def main() -> int:
         return 0 if argv else 2
     name = argv[0]
     if name not in STAGES:
-        nearest = difflib.get_close_matches(name, STAGES, 1)
-        hint = f"did you mean {nearest[0]!r}?" if nearest else f"expected one of: {', '.join(STAGES)}"
-        print(f"error: unknown stage {name!r}; {hint}", file=sys.stderr)
+        print(f"error: unknown stage {name!r}; {nearest(name, STAGES)}", file=sys.stderr)
         return 2
     signal.signal(signal.SIGTERM, _terminate)
     try:

@@ -1,12 +1,11 @@
 """All stages from one YAML file: a mapping from stages to their flags, carried out in the file's order."""
 
 import argparse
-import difflib
 import functools
 from pathlib import Path
 from typing import Any, NoReturn
 
-from data_prep.errors import UserError
+from data_prep.errors import UserError, nearest
 
 SUMMARY = "Carry out the stages of a YAML job file, in its order; what is up to date is not made again."
 EXAMPLES = """\
@@ -44,7 +43,7 @@ def read_job(path: Path) -> list[tuple[str, list[str]]]:
     steps = []
     for stage, entries in job.items():
         if stage not in known:
-            raise UserError(f"{path}: unknown stage {stage!r}; {_nearest(str(stage), known)}")
+            raise UserError(f"{path}: unknown stage {stage!r}; {nearest(str(stage), known)}")
         parser = stage_parser(stage)
         parser.error = functools.partial(_refuse, path, stage)  # type: ignore[method-assign]
         flags = {
@@ -58,7 +57,7 @@ def read_job(path: Path) -> list[tuple[str, list[str]]]:
                 raise UserError(f"{path}: {stage}: expected a mapping of flags, found {options!r}")
             for key in options:
                 if key not in flags:
-                    raise UserError(f"{path}: {stage}: unknown flag {key!r}; {_nearest(str(key), list(flags))}")
+                    raise UserError(f"{path}: {stage}: unknown flag {key!r}; {nearest(str(key), list(flags))}")
                 if options[key] is None:
                     raise UserError(f"{path}: {stage}: {key} has no value")
             argv = _arguments(options, flags)
@@ -69,11 +68,6 @@ def read_job(path: Path) -> list[tuple[str, list[str]]]:
 
 def _refuse(path: Path, stage: str, message: str) -> NoReturn:
     raise UserError(f"{path}: {stage}: {message}")
-
-
-def _nearest(name: str, known: list[str]) -> str:
-    match = difflib.get_close_matches(name, known, 1)
-    return f"did you mean {match[0]!r}?" if match else f"expected one of: {', '.join(known)}"
 
 
 def _arguments(options: dict[str, Any], flags: dict[str, argparse.Action]) -> list[str]:

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_prep.encoding import TokenizerInfo
-from data_prep.errors import UserError
-from pipeline.recipe import Recipe, nearest
+from data_prep.errors import UserError, nearest
+from pipeline.recipe import Recipe
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel

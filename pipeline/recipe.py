@@ -3,14 +3,13 @@
 Validation is pydantic's (DeepSpeed brings it along): types, ranges and unknown keys; the messages are ours.
 """
 
-import difflib
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from data_prep.errors import UserError
+from data_prep.errors import UserError, nearest
 
 RECIPES = Path(__file__).parent / "recipes"
 DEFAULT_RECIPE = RECIPES / "demo-gpt.yaml"
@@ -244,11 +243,3 @@ def check_recipe(raw: dict[str, Any], source: str) -> Recipe:
         message = f"{key}{found}: {reason}" if key else reason
     more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
     raise UserError(f"{source}: {message}{more}")
-
-
-def nearest(name: str, known: list[str], prefix: str = "") -> str:
-    """The end of a message about an unknown name: the known one that was probably meant, or all of them."""
-    match = difflib.get_close_matches(name, known, 1)
-    if match:
-        return f"did you mean {prefix}{match[0]}?"
-    return f"expected one of: {', '.join(prefix + item for item in known)}"

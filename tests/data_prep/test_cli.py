@@ -44,7 +44,7 @@ def test_help_imports_nothing_heavy(tmp_path, start_data_prep):
 def test_a_mistyped_stage_suggests_the_nearest(data_prep):
     outcome = data_prep("tokenise", "--help")
     assert outcome.status == 2
-    assert outcome.stderr == "error: unknown stage 'tokenise'; did you mean 'tokenize'?\n"
+    assert outcome.stderr == "error: unknown stage 'tokenise'; did you mean tokenize?\n"
     assert "expected one of: builtin_corpus" in data_prep("xyzzy").stderr
 
 

@@ -161,9 +161,9 @@ def test_run_does_all_stages_and_a_second_run_makes_nothing(job, tmp_path, data_
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tokenise": "{}"}, "unknown stage 'tokenise'; did you mean 'tokenize'?"),
+        ({"tokenise": "{}"}, "unknown stage 'tokenise'; did you mean tokenize?"),
         ({"run": "{}"}, "unknown stage 'run'"),
-        ({"pack": "{shard: x}"}, "pack: unknown flag 'shard'; did you mean 'shards'?"),
+        ({"pack": "{shard: x}"}, "pack: unknown flag 'shard'; did you mean shards?"),
         ({"pack": "{shards: }"}, "pack: shards has no value"),
         ({"pack": "5"}, "pack: expected a mapping of flags, found 5"),
         ({"pack": "{a: [}"}, "job.yaml is not YAML"),
