@@ -106,7 +106,8 @@ def run(arguments: Arguments, timings: Timings) -> None:
     logger.info(f"engine    {describe(ds_config, recipe)} on {world.describe()}")
     logger.info(f"run       {output_dir}, {max_steps:,} steps, {epochs:.2f} epochs")
     if resume_from is not None:
-        logger.info(f"resumed   from {resume_from}, after step {first_step}")
+        finished = "; the run is complete" if first_step >= max_steps else ""
+        logger.info(f"resumed   from {resume_from}, after step {first_step}{finished}")
 
     # The steps.
     def validate(step: int) -> None:

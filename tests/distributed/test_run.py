@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from tests.distributed.ranks import ROOT, metrics, pretrain
+from tests.distributed.ranks import ROOT, free_port, metrics, pretrain
 
 pytestmark = pytest.mark.ranks
 FP32 = str(ROOT / "ds_configs" / "zero2_fp32.json")
@@ -107,7 +107,13 @@ def test_the_demo_makes_its_own_data_when_it_is_missing(tmp_path):
     job["builtin_corpus"]["max_megabytes"] = 0.4
     job["train_tokenizer"]["vocab_size"] = 1024
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(job, sort_keys=False))
-    command = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", "2", "--master_port", "29555"]
+    command = [
+        str(Path(sys.executable).parent / "deepspeed"),
+        "--num_accelerators",
+        "2",
+        "--master_port",
+        str(free_port()),
+    ]
     command += ["pipeline/pretrain.py", "--deepspeed_config", "ds_configs/zero2.json", "--data.prepare", "job.yaml"]
     command += ["--training.max_steps", "2", "--model.config.n_layer", "1", "--model.config.n_embd", "48"]
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
