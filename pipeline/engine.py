@@ -85,14 +85,14 @@ class Engine:
         # In plain data parallelism in fp32 DeepSpeed clips without keeping the norm.
         self._measures_norm = zero_stage(ds_config) == 0 and precision(ds_config) == "fp32"
 
-    def _tensors(self, batch: Batch) -> tuple["torch.Tensor", "torch.Tensor"]:
+    def _loss_sum(self, batch: Batch) -> "torch.Tensor":
         import torch
 
-        device = self.world.device
-        return (
-            torch.from_numpy(batch.input_ids).to(device, non_blocking=True),
-            torch.from_numpy(batch.labels).to(device, non_blocking=True),
-        )
+        arrays = [batch.input_ids, batch.labels]
+        if len(batch.targets) < batch.labels.size:
+            arrays.append(batch.targets)
+        tensors = (torch.from_numpy(array).to(self.world.device, non_blocking=True) for array in arrays)
+        return loss_sum(self.deepspeed, *tensors)
 
     def train_step(self, step: int, batches: Sequence[Batch], learning_rate: float) -> StepResult:
         """One optimizer step over this rank's micro-batches of step `step`.
@@ -106,14 +106,14 @@ class Engine:
 
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate
-        targets = torch.tensor(sum(batch.targets for batch in batches), device=self.world.device)
+        targets = torch.tensor(sum(len(batch.targets) for batch in batches), device=self.world.device)
         distributed.all_reduce(targets)
         tokens = int(targets.item())
         scale = self.world.size / max(tokens, 1)
         total = torch.zeros((), device=self.world.device)
         for index, batch in enumerate(batches):
             torch.manual_seed(seed_of(_DROPOUT, self._seed, step, index, self.world.rank))
-            loss = loss_sum(self.deepspeed, *self._tensors(batch))
+            loss = self._loss_sum(batch)
             total += loss.detach()
             self.deepspeed.backward(loss * scale, scale_wrt_gas=False)
             if index < len(batches) - 1:
@@ -140,8 +140,8 @@ class Engine:
         self.deepspeed.eval()
         with torch.no_grad():
             for batch in batches:
-                sums[0] += loss_sum(self.deepspeed, *self._tensors(batch)).double()
-                sums[1] += batch.targets
+                sums[0] += self._loss_sum(batch).double()
+                sums[1] += len(batch.targets)
         self.deepspeed.train()
         distributed.all_reduce(sums)
         return float(sums[0] / sums[1])

@@ -4,6 +4,7 @@ A run consumes samples 0, 1, 2, ...; number n is the n-th of an order in which e
 the split. Ranks, micro-batches, workers and interruptions do not enter.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,14 +29,14 @@ _SPLITS = {"train": 0, "validation": 1}
 @dataclass(frozen=True)
 class Batch:
     """input_ids, labels: int64 [batch, sequence]; the labels are aligned with the logits: position i of the output
-    is to predict labels[i]. targets: how many labels are not IGNORED."""
+    is to predict labels[i]. targets: positions in the flattened labels that are not IGNORED, int64 [targets]."""
 
     input_ids: NDArray[np.int64]
     labels: NDArray[np.int64]
 
-    @property
-    def targets(self) -> int:
-        return int(np.count_nonzero(self.labels != IGNORED))
+    @functools.cached_property
+    def targets(self) -> NDArray[np.int64]:
+        return np.flatnonzero(self.labels != IGNORED)
 
 
 class Samples:

@@ -17,6 +17,9 @@ from pipeline.startup import set_environment
 SPECIAL = SpecialTokens(end_of_document=5, padding=1, classification=2, separator=3, mask=4, unknown=0)
 
 
+TINY = {"base": "demo-gpt", "n_layer": 1, "n_embd": 24, "n_head": 2}
+
+
 def recipe(config, objective="causal", length=16):
     return check_recipe(
         {
@@ -59,9 +62,7 @@ def test_any_architecture_that_transformers_knows_trains_by_its_json(values, obj
 
 
 def test_initial_weights_depend_on_the_seed_alone(tmp_path):
-    config = make_model_config(
-        recipe({"base": "demo-gpt", "n_layer": 1, "n_embd": 24, "n_head": 2}), tokenizer(tmp_path)
-    )
+    config = make_model_config(recipe(TINY), tokenizer(tmp_path))
     torch.manual_seed(1)
     first = build_model(config, "causal", 7).state_dict()
     torch.manual_seed(2)
@@ -72,9 +73,7 @@ def test_initial_weights_depend_on_the_seed_alone(tmp_path):
 
 
 def test_loss_is_the_sum_over_targets_in_float32(tmp_path):
-    config = make_model_config(
-        recipe({"base": "demo-gpt", "n_layer": 1, "n_embd": 24, "n_head": 2}), tokenizer(tmp_path)
-    )
+    config = make_model_config(recipe(TINY), tokenizer(tmp_path))
     model = build_model(config, "causal", 1).bfloat16()
     ids, labels = torch.randint(6, 100, (2, 16)), torch.randint(6, 100, (2, 16))
     labels[0, :5] = IGNORED
@@ -85,9 +84,20 @@ def test_loss_is_the_sum_over_targets_in_float32(tmp_path):
         for position in range(16)
         if labels[row, position] != IGNORED
     )
-    loss = loss_sum(model, ids, labels)
+    loss = loss_sum(model, ids, labels, (labels.flatten() != IGNORED).nonzero().flatten())
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, expected)
+
+
+def test_a_batch_without_targets_has_loss_zero_and_gradients_of_zero(tmp_path):
+    """A micro-batch of short samples may have none, and ZeRO-3's ranks still have to go through backward together."""
+    config = make_model_config(recipe(TINY), tokenizer(tmp_path))
+    model = build_model(config, "causal", 1)
+    ids = torch.randint(6, 100, (2, 16))
+    loss = loss_sum(model, ids, torch.full((2, 16), IGNORED), torch.empty(0, dtype=torch.int64))
+    loss.backward()
+    assert loss == 0
+    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in model.parameters())
 
 
 def test_gpt2_small_costs_what_the_papers_formula_says(tmp_path):
