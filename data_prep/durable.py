@@ -64,29 +64,45 @@ def write_json(path: Path, value: Any) -> None:
 
 
 @contextlib.contextmanager
-def replacing_folder(folder: Path) -> Iterator[Path]:
+def replacing_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yields a temporary folder that takes the name `folder`, fsynced file by file, when the block ends well.
 
-    Raises FileExistsError when `folder` is there already and not empty; on any exception the temporary folder
-    is removed.
+    With `overwrite`, a folder that stands there gives up its name only when the new one is whole. Raises
+    FileExistsError when one is there, not empty, and `overwrite` is not set; on any exception the temporary folder is
+    removed and what stood there is untouched.
     """
-    if folder.exists() and any(folder.iterdir()):
+    occupied = folder.exists() and any(folder.iterdir())
+    if occupied and not overwrite:
         raise FileExistsError(f"{folder} exists and is not empty")
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(folder)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
+    retired = temporary_name(folder.with_name(f"{folder.name}.old"))
     try:
         yield temporary
-        commit_folder(temporary, folder)
+        _fsync_tree(temporary)
+        if occupied:
+            os.replace(folder, retired)
+        os.replace(temporary, folder)
+        fsync_folder(folder.parent)
     except BaseException:
+        if retired.exists() and not folder.exists():
+            os.replace(retired, folder)
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+    shutil.rmtree(retired, ignore_errors=True)
 
 
 def commit_folder(temporary: Path, folder: Path) -> None:
     """Fsyncs every file and folder below `temporary`, then renames it to `folder` (absent or empty)."""
-    for root, _, names in os.walk(temporary, topdown=False):
+    _fsync_tree(temporary)
+    os.replace(temporary, folder)
+    fsync_folder(folder.parent)
+
+
+def _fsync_tree(folder: Path) -> None:
+    for root, _, names in os.walk(folder, topdown=False):
         for name in names:
             descriptor = os.open(os.path.join(root, name), os.O_RDONLY)
             try:
@@ -94,8 +110,6 @@ def commit_folder(temporary: Path, folder: Path) -> None:
             finally:
                 os.close(descriptor)
         fsync_folder(Path(root))
-    os.replace(temporary, folder)
-    fsync_folder(folder.parent)
 
 
 def sha256_of(path: Path) -> str:

@@ -67,7 +67,8 @@ def tokenizer_fingerprint(folder: Path | str) -> str:
     `manifest.json` and files that say nothing about the ids are left out. Raises UserError as
     `load_tokenizer_info` does for a folder that is missing or has no tokenizer.json.
     """
-    return fingerprint_of({path.name: durable.sha256_of(path) for path in tokenizer_files(folder)})
+    lines = sorted(f"{path.name} {durable.sha256_of(path)}\n" for path in tokenizer_files(folder))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def tokenizer_files(folder: Path | str) -> list[Path]:
@@ -78,12 +79,6 @@ def tokenizer_files(folder: Path | str) -> list[Path]:
     folder = _checked_folder(folder)
     named = [folder / name for name in _FINGERPRINTED if (folder / name).is_file()]
     return sorted([*named, *(path for path in folder.glob("*.model") if path.is_file())])
-
-
-def fingerprint_of(sha256_by_name: dict[str, str]) -> str:
-    """The fingerprint of tokenizer files whose sha256 are known."""
-    lines = [f"{name} {digest}\n" for name, digest in sorted(sha256_by_name.items())]
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def load_tokenizer_info(folder: Path | str) -> TokenizerInfo:

@@ -15,10 +15,8 @@ import argparse
 import io
 import itertools
 import json
-import os
 import random
 import re
-import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -449,11 +447,7 @@ def _write(
     folder: Path, tokenizer: Tokenizer, model: bytes | None, job: dict[str, Any], trained_on: dict[str, int]
 ) -> None:
     """Writes the folder; one that is replaced gives up its place only when the new one is whole."""
-    replaces = folder.is_dir() and any(folder.iterdir())
-    target = folder.with_name(f"{folder.name}.new") if replaces else folder
-    if replaces:
-        shutil.rmtree(target, ignore_errors=True)
-    with durable.replacing_folder(target) as temporary:
+    with durable.replacing_folder(folder, overwrite=True) as temporary:
         (temporary / encoding.TOKENIZER_FILE).write_text(tokenizer.to_str(), encoding="utf-8")
         config = json.dumps(tokenizer_config(), indent=2) + "\n"
         (temporary / encoding.CONFIG_FILE).write_text(config, encoding="utf-8")
@@ -472,9 +466,3 @@ def _write(
                 "trained_on": trained_on,
             },
         ).write(temporary)
-    if replaces:
-        retired = durable.temporary_name(folder)
-        os.replace(folder, retired)
-        os.replace(target, folder)
-        durable.fsync_folder(folder.parent)
-        shutil.rmtree(retired, ignore_errors=True)

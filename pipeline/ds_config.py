@@ -77,8 +77,8 @@ def merge_into_recipe(
     for section in ("optimizer", "scheduler"):
         stated.update(_leaves(config.get(section) or {}, section))
     for key, value in stated.items():
-        if key in ("scheduler.params.warmup_type", "scheduler.params.cos_min_ratio"):
-            continue
+        if "scheduler.type" in stated and key in ("scheduler.params.warmup_type", "scheduler.params.cos_min_ratio"):
+            continue  # compared where the type is
         if key not in _SHARED:
             raise UserError(
                 f"{config_source}: {key} cannot be taken over; state the {key.split('.')[0]} in the recipe and leave it"

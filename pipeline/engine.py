@@ -79,11 +79,12 @@ class Engine:
         self.deepspeed, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=ds_config, dist_init_required=False
         )
-        if zero_stage(ds_config) == 0 and precision(ds_config) != "fp32":
-            # That step (FP16_UnfusedOptimizer.initialize_optimizer_states) would count as Adam's first.
+        unsharded, in_fp32 = zero_stage(ds_config) == 0, precision(ds_config) == "fp32"
+        if unsharded and not in_fp32:
+            # The step of its initialisation (FP16_UnfusedOptimizer) would count as Adam's first.
             optimizer.state.clear()
         # In plain data parallelism in fp32 DeepSpeed clips without keeping the norm.
-        self._measures_norm = zero_stage(ds_config) == 0 and precision(ds_config) == "fp32"
+        self._measures_norm = unsharded and in_fp32
 
     def _loss_sum(self, batch: Batch) -> "torch.Tensor":
         import torch

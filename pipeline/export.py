@@ -17,6 +17,7 @@ from data_prep.encoding import load_tokenizer_info, tokenizer_files
 from data_prep.errors import UserError
 from pipeline import checkpoint
 from pipeline.metrics import read_validation
+from pipeline.model import auto_class
 from pipeline.provenance import TOKENIZER_FOLDER, read_run
 
 if TYPE_CHECKING:
@@ -75,22 +76,25 @@ def read_weights(folder: Path, zero_stage: int) -> dict[str, "torch.Tensor"]:
         return dict(get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name))
 
 
-def export(checkpoint_dir: Path, output_dir: Path, dtype: str | None = None) -> Path:
+def export(checkpoint_dir: Path, output_dir: Path, dtype: str | None = None, *, overwrite: bool = False) -> Path:
     """Writes the Hugging Face folder `output_dir` and returns the checkpoint that it came from.
 
-    The folder is read back by plain transformers and compared, tensor by tensor, before it gets its name.
-    Raises UserError for a missing or damaged checkpoint or an output folder that holds something.
+    The folder is read back by plain transformers and compared, tensor by tensor, before it gets its name; a model
+    that `overwrite` replaces is kept until then. Raises UserError for a missing or damaged checkpoint, or an output
+    folder that holds something else, or a model without `overwrite`.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, GenerationConfig
+    from transformers import AutoConfig, GenerationConfig
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    if overwrite and output_dir.exists() and not (output_dir / "config.json").exists():
+        raise UserError(f"--overwrite: {output_dir} is no exported model (it has no config.json); remove it yourself")
     run_dir, folder = find_checkpoint(checkpoint_dir)
     run, info = read_run(run_dir), checkpoint.read_info(folder)
     checkpoint.verify(folder, info)
     objective = run["recipe"]["objective"]
-    auto = AutoModelForCausalLM if objective == "causal" else AutoModelForMaskedLM
+    auto = auto_class(objective)
     torch_dtype = getattr(torch, _DTYPES[dtype or info.precision])
     values = dict(run["model_config"])
     config = AutoConfig.for_model(values.pop("model_type"), **values)
@@ -98,7 +102,7 @@ def export(checkpoint_dir: Path, output_dir: Path, dtype: str | None = None) -> 
         model = auto.from_config(config, dtype=torch_dtype)
     weights = {name: tensor.to(torch_dtype) for name, tensor in read_weights(folder, info.zero_stage).items()}
     try:
-        with durable.replacing_folder(output_dir) as temporary:
+        with durable.replacing_folder(output_dir, overwrite=overwrite) as temporary:
             model.save_pretrained(temporary, state_dict=dict(weights))
             write_tokenizer(run_dir / TOKENIZER_FOLDER, temporary, objective)
             if objective == "causal":
@@ -173,25 +177,13 @@ The recipe:
 def main(argv: list[str]) -> int:
     arguments = _parser().parse_args(argv)
     try:
-        if arguments.overwrite:
-            _remove_exported(arguments.output_dir)
-        folder = export(arguments.checkpoint, arguments.output_dir, arguments.dtype)
+        folder = export(arguments.checkpoint, arguments.output_dir, arguments.dtype, overwrite=arguments.overwrite)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     size = sum(path.stat().st_size for path in arguments.output_dir.iterdir())
     print(f"{arguments.output_dir}: a Hugging Face model of {size / 1e6:.1f} MB, from {folder}")
     return 0
-
-
-def _remove_exported(folder: Path) -> None:
-    import shutil
-
-    if not folder.exists():
-        return
-    if not (folder / "config.json").exists():
-        raise UserError(f"--overwrite: {folder} is no exported model (it has no config.json); remove it yourself")
-    shutil.rmtree(folder)
 
 
 if __name__ == "__main__":

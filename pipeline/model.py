@@ -60,7 +60,7 @@ def make_model_config(recipe: Recipe, tokenizer: TokenizerInfo) -> "PretrainedCo
     Raises UserError when transformers does not know the model type or has no such objective for it, or when a sample
     is longer than the model's positions.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
+    from transformers import AutoConfig
 
     values = read_model_config(recipe.model.init_from or recipe.model.config)
     model_type = values.pop("model_type")
@@ -75,8 +75,7 @@ def make_model_config(recipe: Recipe, tokenizer: TokenizerInfo) -> "PretrainedCo
         raise UserError(f"model.config: transformers knows no model_type {model_type!r}") from None
     except TypeError as error:
         raise UserError(f"model.config: {error}") from None
-    heads = AutoModelForCausalLM if recipe.objective == "causal" else AutoModelForMaskedLM
-    if type(config) not in heads._model_mapping:
+    if type(config) not in auto_class(recipe.objective)._model_mapping:
         raise UserError(f"objective is {recipe.objective}, which transformers has no {model_type} model for")
     positions = next((getattr(config, name) for name in _POSITIONS if getattr(config, name, None)), None)
     if positions is not None and recipe.data.sequence_length > positions:
@@ -92,14 +91,20 @@ def make_model_config(recipe: Recipe, tokenizer: TokenizerInfo) -> "PretrainedCo
     return config
 
 
+def auto_class(objective: str) -> Any:
+    """transformers' class that makes the model of an objective: AutoModelForCausalLM or AutoModelForMaskedLM."""
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+
+    return AutoModelForCausalLM if objective == "causal" else AutoModelForMaskedLM
+
+
 def build_model(
     config: "PretrainedConfig", objective: str, seed: int, init_from: str | None = None
 ) -> "PreTrainedModel":
     """The model in float32 with transformers' initialisation drawn from `seed`, or the weights of `init_from`."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
-    heads = AutoModelForCausalLM if objective == "causal" else AutoModelForMaskedLM
+    heads = auto_class(objective)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if init_from is not None:

@@ -97,7 +97,7 @@ class World:
         """Ends the process group on every rank together."""
         import deepspeed.comm
 
-        deepspeed.comm.barrier()
+        self.barrier()
         deepspeed.comm.destroy_process_group()
 
     @contextlib.contextmanager

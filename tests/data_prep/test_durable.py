@@ -70,6 +70,20 @@ def test_a_folder_that_holds_something_is_not_replaced(tmp_path):
     assert (tmp_path / "mine").read_bytes() == b"precious"
 
 
+def test_a_folder_that_is_replaced_stays_until_the_new_one_is_whole(tmp_path):
+    folder = tmp_path / "result"
+    folder.mkdir()
+    (folder / "old").write_bytes(b"1")
+    with pytest.raises(RuntimeError), durable.replacing_folder(folder, overwrite=True) as temporary:
+        (temporary / "new").write_bytes(b"2")
+        raise RuntimeError
+    assert [found.name for found in tmp_path.rglob("*")] == ["result", "old"]
+    with durable.replacing_folder(folder, overwrite=True) as temporary:
+        (temporary / "new").write_bytes(b"2")
+        assert (folder / "old").exists()
+    assert [found.name for found in tmp_path.rglob("*")] == ["result", "new"]
+
+
 def test_sha256_of_a_file_longer_than_a_chunk(tmp_path):
     content = bytes(range(256)) * 5000
     (tmp_path / "file").write_bytes(content)

@@ -198,6 +198,7 @@ def test_a_number_of_steps_beside_a_number_of_tokens_names_both() -> None:
     [
         ({"optimizer": {"params": {"bias_correction": False}}}, "optimizer.params.bias_correction"),
         ({"optimizer": {"legacy_fusion": True}}, "optimizer.legacy_fusion"),
+        ({"scheduler": {"params": {"cos_min_ratio": 0.1}}}, "scheduler.params.cos_min_ratio"),
     ],
 )
 def test_what_the_recipe_cannot_express_is_refused_by_name(stated: dict[str, Any], key: str) -> None:
