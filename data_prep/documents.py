@@ -10,11 +10,11 @@ import io
 import json
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from glob import glob, has_magic
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from data_prep.errors import UserError
 
@@ -36,6 +36,82 @@ class Part:
     @property
     def bytes(self) -> int:
         return self.end - self.start
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """How documents are read; its repr identifies it.
+
+    text_field, id_field: keys (JSON) or columns (Parquet, CSV, Arrow) of the text and of the document's name.
+    part_bytes: size of the parts that inputs are cut into.
+    fields: whether batches carry the documents' other fields too.
+    max_document_bytes: a longer document is rejected.
+    """
+
+    text_field: str = "text"
+    id_field: str = "id"
+    part_bytes: int = DEFAULT_PART_MEGABYTES * 1_000_000
+    fields: bool = False
+    max_document_bytes: int = 256 * 1_000_000
+
+
+class Rejections:
+    """What could not be read of one part: each with file, line (or row) and reason."""
+
+    def __init__(self, path: str) -> None:
+        self.records: list[dict[str, Any]] = []
+        self._path = path
+
+    def add(self, line: int, reason: str) -> None:
+        self.records.append({"file": self._path, "line": line, "reason": reason})
+
+
+@dataclass
+class Batch:
+    """Consecutive documents of one part, about a megabyte of text.
+
+    texts: the documents' texts [documents].
+    fields: their other fields, the id included, where `ReadOptions.fields` asks for them; empty dicts otherwise.
+    lines: line (JSONL, CSV) or row of each in its file, from 1 [documents].
+    consumed: bytes of input read since the last batch.
+    """
+
+    path: str
+    texts: list[str]
+    fields: list[dict[str, Any]]
+    lines: list[int]
+    consumed: int
+
+    def place(self, index: int) -> str:
+        """Where document `index` of the batch came from, as file:line."""
+        return f"{self.path}:{self.lines[index]}"
+
+    def select(self, kept: Sequence[int]) -> "Batch":
+        """The documents at the indices `kept`."""
+        return Batch(
+            self.path,
+            [self.texts[i] for i in kept],
+            [self.fields[i] for i in kept],
+            [self.lines[i] for i in kept],
+            self.consumed,
+        )
+
+
+def read_batches(part: Part, options: ReadOptions, rejections: Rejections) -> Iterator[Batch]:
+    """Interim: to be replaced by the real readers."""
+    batch = Batch(part.path, [], [], [], 0)
+    size = 0
+    for number, (text, consumed) in enumerate(read_documents(part, options.text_field), 1):
+        batch.texts.append(text)
+        batch.fields.append({})
+        batch.lines.append(number)
+        batch.consumed += consumed
+        size += len(text)
+        if size > 1 << 20:
+            yield batch
+            batch, size = Batch(part.path, [], [], [], 0), 0
+    if batch.texts:
+        yield batch
 
 
 def add_input_arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,12 +152,13 @@ def find_inputs(patterns: list[str]) -> list[Path]:
     return [Path(name) for name in sorted(found)]
 
 
-def list_parts(inputs: list[str], part_bytes: int) -> list[Part]:
+def list_parts(inputs: list[str], options: ReadOptions) -> list[Part]:
     """Cuts the inputs into parts of about `part_bytes` bytes, in the order of the files' names.
 
     Raises UserError as `find_inputs` does.
     """
     parts = []
+    part_bytes = options.part_bytes
     for path in find_inputs(inputs):
         size = path.stat().st_size
         if path.name.endswith(_JSONL):

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.documents import list_parts, read_documents
+from data_prep.documents import ReadOptions, list_parts, read_documents
 from data_prep.encoding import Encoder, load_tokenizer_info
 from data_prep.errors import UserError
 from data_prep.manifest import Manifest, read_json, read_manifest
@@ -89,7 +89,9 @@ def main(arguments: argparse.Namespace) -> None:
     print(_table(manifest.content))
     if manifest.kind == "documents":
         names = [str(folder / name) for name in manifest.files]
-        stream = (text for part in list_parts(names, 1 << 40) for text, _ in read_documents(part))
+        stream = (
+            text for part in list_parts(names, ReadOptions(part_bytes=1 << 40)) for text, _ in read_documents(part)
+        )
         for number, text in enumerate(itertools.islice(stream, arguments.documents)):
             print(f"\ndocument {number}, {len(text):,} characters:\n{_excerpt(text, arguments.characters)}")
     if manifest.kind == "tokenizer":

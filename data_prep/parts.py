@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from data_prep import durable
 from data_prep.errors import UserError
+from data_prep.files import InputFile
 from data_prep.manifest import MANIFEST_NAME, is_current, read_json
 
 PARTS_FOLDER = ".parts"
@@ -291,6 +292,79 @@ def _locked(records: Path) -> Iterator[None]:
         except BlockingIOError:
             raise UserError(f"{records.parent}: another process is at work there; wait for it or stop it") from None
         yield
+
+
+@dataclass(frozen=True)
+class Execution:
+    """Who does the parts of a job: one flag each of `add_work_arguments`.
+
+    workers: processes of this machine. The other fields are for jobs of many machines.
+    """
+
+    workers: int = 1
+    overwrite: bool = False
+    max_bad_fraction: float = 0.001
+
+
+class Work:
+    """A job at work in `output_dir`; made by `working`."""
+
+    def __init__(self, output_dir: Path, job: dict[str, Any], execution: Execution) -> None:
+        self.output_dir, self._job, self._execution = output_dir, job, execution
+
+    @property
+    def scratch(self) -> Path:
+        """A folder for intermediate files, removed when the job is finished."""
+        folder = self.output_dir / PARTS_FOLDER / "scratch"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def run(
+        self,
+        function: Callable[..., dict[str, Any]],
+        parts: Sequence[tuple[Any, ...]],
+        *,
+        part_inputs: Sequence[Sequence[str]],
+        part_bytes: Sequence[int],
+        description: str,
+    ) -> list[dict[str, Any]]:
+        """Calls `function(*part, report)` for every part, wherever; returns all results in the order of the parts.
+
+        description: names the phase on the bar; one job's phases have different ones.
+        part_inputs: the files each part reads, local or remote; a part is done again when one has changed.
+        A result may hold "read": {"documents": ...} and "rejected": [...] (`DocumentStream.summary`): the job stops
+        with UserError when more than `max_bad_fraction` of the documents are rejected.
+        """
+        return run_parts(
+            function,
+            parts,
+            part_inputs=part_inputs,
+            part_bytes=part_bytes,
+            output_dir=self.output_dir,
+            job=self._job,
+            workers=self._execution.workers,
+            description=description,
+        )
+
+    def finishes(self) -> bool:
+        """True in the one process that writes what the whole job leaves, its manifest last."""
+        return True
+
+
+@contextlib.contextmanager
+def working(
+    output_dir: Path, job: dict[str, Any], inputs: Sequence[InputFile], execution: Execution
+) -> Iterator[Work | None]:
+    """The work of `job` in `output_dir`, or None when it is done there already (one line says so).
+
+    job: command and options; an unfinished or finished result of another job is refused. When the block ends well the
+    manifest has been written, and what the parts left behind is removed. Raises UserError as `prepare_output` does.
+    """
+    if not prepare_output(output_dir, job, [Path(file.name) for file in inputs], execution.overwrite):
+        yield None
+        return
+    yield Work(output_dir, job, execution)
+    finish_parts(output_dir)
 
 
 def finish_parts(output_dir: Path) -> None:

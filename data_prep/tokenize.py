@@ -8,6 +8,7 @@ from typing import Any
 from data_prep.documents import (
     DEFAULT_PART_MEGABYTES,
     Part,
+    ReadOptions,
     add_input_arguments,
     find_inputs,
     list_parts,
@@ -114,7 +115,7 @@ def tokenize(
     if not prepare_output(output_dir, job | of_inputs, sources, overwrite):
         return
     started = time.monotonic()
-    parts = list_parts(inputs, part_bytes)
+    parts = list_parts(inputs, ReadOptions(part_bytes=part_bytes))
     names = [f"{index:06d}" for index in range(len(parts))]
     results = run_parts(
         encode_part,

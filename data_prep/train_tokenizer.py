@@ -107,7 +107,7 @@ def main(arguments: argparse.Namespace) -> None:
         raise UserError(f"--vocab_size {arguments.vocab_size}: expected a positive number")
     if not 0 < arguments.max_megabytes < float("inf"):
         raise UserError(f"--max_megabytes {arguments.max_megabytes}: expected a positive number")
-    input_parts = documents.list_parts(arguments.input, _PART_BYTES)
+    input_parts = documents.list_parts(arguments.input, documents.ReadOptions(part_bytes=_PART_BYTES))
     names = ("type", "vocab_size", "input", "text_field", "max_megabytes", "seed")
     job = {"command": "train_tokenizer"} | {name: getattr(arguments, name) for name in names}
     if arguments.type == "wordpiece":

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.documents import Part, find_inputs, list_parts, read_documents
+from data_prep.documents import Part, ReadOptions, find_inputs, list_parts, read_documents
 from data_prep.errors import UserError
 
 TEXTS = ["One.", "Zwei\nZeilen", "日本語 👍🏽", "", "  spaces \u2028 and\ttabs ", 'quotes " and \\ ' * 50]
@@ -27,7 +27,7 @@ def zstd(content: bytes) -> bytes:
 
 
 def read_all(inputs: list[str], part_bytes: int = 1 << 20) -> list[str]:
-    return [text for part in list_parts(inputs, part_bytes) for text, _ in read_documents(part)]
+    return [text for part in list_parts(inputs, ReadOptions(part_bytes=part_bytes)) for text, _ in read_documents(part)]
 
 
 @given(
@@ -48,7 +48,7 @@ def test_parts_cut_anywhere_lose_and_repeat_no_document(
     encoded = [b"  " if text == "\x00blank" else json.dumps({"text": text}).encode() for text in lines]
     content = newline.join(encoded) + (newline if ends_with_newline else b"")
     path.write_bytes(content)
-    parts = list_parts([str(path)], part_bytes)
+    parts = list_parts([str(path)], ReadOptions(part_bytes=part_bytes))
     assert [part.start for part in parts] == list(range(0, len(content), part_bytes))
     assert sum(part.bytes for part in parts) == len(content)
     assert [text for part in parts for text, _ in read_documents(part)] == [
@@ -72,7 +72,7 @@ def test_progress_adds_up_to_the_bytes_of_the_input(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(jsonl(TEXTS))
     pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS}), tmp_path / "a.parquet")
     for path in tmp_path.iterdir():
-        (part,) = list_parts([str(path)], 1 << 20)
+        (part,) = list_parts([str(path)], ReadOptions(part_bytes=1 << 20))
         assert sum(size for _, size in read_documents(part)) == path.stat().st_size
 
 
@@ -84,7 +84,7 @@ def test_a_byte_order_mark_is_not_part_of_the_first_document(tmp_path):
 def test_another_field_can_hold_the_text(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"body": "yes", "text": 3}\n')
     pyarrow.parquet.write_table(pyarrow.table({"body": ["yes"], "text": [3]}), tmp_path / "a.parquet")
-    for part in list_parts([f"{tmp_path}/*"], 100):
+    for part in list_parts([f"{tmp_path}/*"], ReadOptions(part_bytes=100)):
         assert [text for text, _ in read_documents(part, "body")] == ["yes"]
 
 
@@ -131,7 +131,7 @@ def test_a_bad_line_is_named_by_its_number_also_in_a_later_part(tmp_path, line, 
     content = good + line + b"\n" + good
     path = tmp_path / f"a.jsonl{suffix}"
     path.write_bytes({"": bytes, ".gz": gzip.compress, ".zst": zstd}[suffix](content))
-    parts = list_parts([str(path)], 300)
+    parts = list_parts([str(path)], ReadOptions(part_bytes=300))
     assert len(parts) > 3 or suffix
     with pytest.raises(UserError, match=rf"{path}:41: {BAD_LINES[line]}; expected one JSON object a line") as error:
         for part in parts:

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data_prep import encoding, train_tokenizer
-from data_prep.documents import list_parts
+from data_prep.documents import ReadOptions, list_parts
 from data_prep.errors import UserError
 from data_prep.manifest import read_manifest, verify_files
 
@@ -263,7 +263,7 @@ def test_training_again_in_another_process_gives_the_same_bytes(folders, corpus,
 def test_sample_is_deterministic_bounded_and_spread_over_the_input(tmp_path):
     for n in range(4):
         write_documents(tmp_path / f"{n}.jsonl", [f"{n} {i} é " + "x" * 1000 for i in range(1500)])
-    parts = list_parts([str(tmp_path / "*.jsonl")], 1 << 20)
+    parts = list_parts([str(tmp_path / "*.jsonl")], ReadOptions(part_bytes=1 << 20))
     first, again, other = (
         train_tokenizer.sample_texts(parts, "text", max_bytes=3_000_000, seed=seed) for seed in (1, 1, 2)
     )
@@ -277,7 +277,9 @@ def test_sample_is_deterministic_bounded_and_spread_over_the_input(tmp_path):
 
 def test_sample_of_one_huge_document_stops_at_the_bound(tmp_path):
     path = write_documents(tmp_path / "one.jsonl", ["é" * 100_000])
-    sample = train_tokenizer.sample_texts(list_parts([str(path)], 1 << 20), "text", max_bytes=1001, seed=0)
+    sample = train_tokenizer.sample_texts(
+        list_parts([str(path)], ReadOptions(part_bytes=1 << 20)), "text", max_bytes=1001, seed=0
+    )
     assert sample == ["é" * 500]
 
 

@@ -1,0 +1,154 @@
+"""Documents on their way through a worker: read, changed or dropped by steps, handed to whatever writes them.
+
+A stage is a source, steps and a writer. What a step did is counted, and a fair sample of what it removed is kept;
+the counts of parts add up to the same totals however many workers there were.
+"""
+
+import heapq
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+from data_prep.documents import Batch, Part, ReadOptions, Rejections, find_inputs, list_parts, read_batches
+from data_prep.files import InputFile
+from data_prep.parts import Report
+
+SAMPLES_A_REASON = 20
+
+
+class Step(Protocol):
+    """Changes or drops documents of one part, batch after batch, in their order."""
+
+    def __call__(self, batch: Batch) -> Batch: ...
+
+    def summary(self) -> dict[str, Any]:
+        """What it did, JSON-able, once the part is through; `merge` adds the parts up."""
+        ...
+
+
+class StepOptions(Protocol):
+    """A step before it is made: frozen, small, picklable, and its repr identifies it."""
+
+    name: ClassVar[str]
+
+    def make(self, part_number: int) -> Step: ...
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a stage's documents come from: input files and the steps that they have passed."""
+
+    inputs: tuple[str, ...]
+    reading: ReadOptions
+    steps: tuple[StepOptions, ...] = ()
+
+    def files(self) -> list[InputFile]:
+        """The input files; raises UserError as `find_inputs` does."""
+        return [InputFile.of(str(path)) for path in find_inputs(list(self.inputs))]
+
+    def parts(self) -> list[Part]:
+        return list_parts(list(self.inputs), self.reading)
+
+
+class DocumentStream:
+    """The documents of one part after a source's steps: iterate once, then ask for the `summary`."""
+
+    def __init__(self, source: Source, part: Part, part_number: int, report: Report) -> None:
+        self._source, self._part, self._report = source, part, report
+        self._steps = [options.make(part_number) for options in source.steps]
+        self._rejections = Rejections(part.path)
+        self._read = {"documents": 0, "bytes": 0}
+        self._lengths_read: Counter[int] = Counter()
+        self._lengths_left: Counter[int] = Counter()
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in read_batches(self._part, self._source.reading, self._rejections):
+            read, consumed = len(batch.texts), batch.consumed
+            sizes = [utf8_length(text) for text in batch.texts]
+            self._read["documents"] += read
+            self._read["bytes"] += sum(sizes)
+            self._lengths_read.update(size.bit_length() for size in sizes)
+            for step in self._steps:
+                batch = step(batch)
+            if self._steps:
+                sizes = [utf8_length(text) for text in batch.texts]
+            self._lengths_left.update(size.bit_length() for size in sizes)
+            if batch.texts:
+                yield batch
+            self._report(read, consumed)
+
+    def summary(self) -> dict[str, Any]:
+        """Counts of the whole part: what was read, rejected, and what each step did with it.
+
+        lengths: documents by the bit length of their size in bytes, as read and as left by the steps.
+        """
+        return {
+            "read": self._read,
+            "rejected": self._rejections.records,
+            "lengths": {
+                "read": {str(bits): count for bits, count in sorted(self._lengths_read.items())},
+                "left": {str(bits): count for bits, count in sorted(self._lengths_left.items())},
+            },
+            "steps": {
+                options.name: step.summary() for options, step in zip(self._source.steps, self._steps, strict=True)
+            },
+        }
+
+
+def utf8_length(text: str) -> int:
+    """Bytes of `text` in UTF-8."""
+    return len(text) if text.isascii() else len(text.encode())
+
+
+class Samples:
+    """A fair sample of the documents that met each of some reasons: those with the lowest keys.
+
+    The key is a hash of the document's place, so that the sample of all parts is the same however they were run.
+    """
+
+    def __init__(self, kept: int = SAMPLES_A_REASON) -> None:
+        self._kept = kept
+        self._heaps: dict[str, list[tuple[int, str, dict[str, Any]]]] = {}
+
+    def offer(self, reason: str, place: str, make: Callable[[], dict[str, Any]]) -> None:
+        """Considers the document at `place` (file:line); `make` gives what to show of it, if it is kept."""
+        heap = self._heaps.setdefault(reason, [])
+        key = -_hash(f"{reason} {place}")
+        if len(heap) < self._kept:
+            heapq.heappush(heap, (key, place, make()))
+        elif key > heap[0][0]:
+            heapq.heapreplace(heap, (key, place, make()))
+
+    def summary(self) -> dict[str, list[dict[str, Any]]]:
+        return {
+            reason: [{"key": -key, "place": place, **shown} for key, place, shown in sorted(heap, reverse=True)]
+            for reason, heap in sorted(self._heaps.items())
+        }
+
+
+def _hash(text: str) -> int:
+    import hashlib
+
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6).digest(), "little")
+
+
+def merge(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Adds up summaries of parts: numbers are added, objects merged, lists joined; of samples the lowest keys stay."""
+    merged: dict[str, Any] = {}
+    for summary in summaries:
+        for key, value in summary.items():
+            if key not in merged:
+                merged[key] = merge([value]) if isinstance(value, dict) else value
+            elif isinstance(value, dict):
+                merged[key] = merge([merged[key], value])
+            elif isinstance(value, list):
+                joined = merged[key] + value
+                if joined and isinstance(joined[0], dict) and "key" in joined[0]:
+                    joined = sorted(joined, key=lambda sample: (sample["key"], sample["place"]))[:SAMPLES_A_REASON]
+                merged[key] = joined
+            elif isinstance(value, int | float):
+                merged[key] = merged[key] + value
+            else:
+                merged[key] = value
+    return merged
