@@ -15,7 +15,7 @@ help:
 	@echo "make test       ruff, mypy and the test suite"
 	@echo "make clean      remove what the demo made (data/demo, $(RUN), $(EXPORTED)); the environment stays"
 
-$(INSTALLED): requirements.lock pyproject.toml
+$(INSTALLED): requirements.lock pyproject.toml $(wildcard data_prep/native/*.[ch])
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) || \
 		{ rm -rf $(VENV); echo "error: $(PYTHON) cannot make a venv; on Debian: apt install python3-venv" >&2; exit 1; }
 	$(BIN)/pip install --quiet --requirement requirements.lock

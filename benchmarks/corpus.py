@@ -17,10 +17,23 @@ PACKAGES = (
     "linux-doc-6.1",
     "python3.11-doc",
     "postgresql-doc-15",
-    "linux-doc",
-    "postgresql-doc",
     "git-doc",
     "debian-policy",
+)
+# With these as well, about 500 MB, of which more is the text of API references.
+MORE_PACKAGES = (
+    "openjdk-17-doc",
+    "rust-doc",
+    "qtbase5-doc-html",
+    "python-pandas-doc",
+    "python-scipy-doc",
+    "libboost1.81-doc",
+    "erlang-doc",
+    "perl-doc",
+    "python-django-doc",
+    "ghc-doc",
+    "libstdc++-12-doc",
+    "octave-doc",
 )
 MINIMUM_CHARACTERS = 50
 
@@ -82,13 +95,14 @@ def documents(folder: Path) -> list[tuple[str, str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--more", action="store_true", help="further packages, for a corpus of about 500 MB")
     parser.add_argument("--megabytes", type=float, default=1000.0, help="stop at this much text")
     arguments = parser.parse_args()
     subprocess.run(["apt-get", "update", "-q"], check=True, stdout=subprocess.DEVNULL)
     found: list[tuple[str, str]] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for package in PACKAGES:
+        for package in (*PACKAGES, *(MORE_PACKAGES if arguments.more else ())):
             got = subprocess.run(["apt-get", "download", "-q", package], cwd=folder, capture_output=True, text=True)
             if got.returncode:
                 print(f"{package}: not to be had ({got.stderr.strip().splitlines()[-1:]})")

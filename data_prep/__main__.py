@@ -5,6 +5,7 @@ import importlib
 import os
 import signal
 import sys
+from collections.abc import Iterable
 from types import FrameType, ModuleType
 
 import data_prep
@@ -13,8 +14,11 @@ from data_prep.errors import UserError, nearest
 # In the order in which a corpus passes through them. A stage's module is imported only when it is asked for.
 STAGES = {
     "builtin_corpus": "documents from this machine's Python docstrings, no network",
+    "clean": "documents by quality, language and other rules",
+    "deduplicate": "documents without duplicates and evaluation data",
     "train_tokenizer": "a tokenizer from documents",
     "tokenize": "documents to token shards",
+    "mix": "a weighted mixture of shard sets, by reference",
     "pack": "plan the training samples of a shard set",
     "run": "all of the above from one YAML file",
     "inspect": "show what a folder of data holds",
@@ -35,7 +39,10 @@ or all of it from one file:
 
 
 def stage_module(name: str) -> ModuleType:
-    """Imports the module of a stage: SUMMARY, EXAMPLES, add_arguments(parser), main(arguments)."""
+    """Imports the module of a stage: SUMMARY, EXAMPLES, add_arguments(parser), main(arguments).
+
+    Where it has --workers, WORKER_IMPORTS may name modules that its workers import when they start.
+    """
     return importlib.import_module(f"data_prep.{name}")
 
 
@@ -55,11 +62,31 @@ def stage_parser(name: str) -> argparse.ArgumentParser:
 
 def run_stage(name: str, argv: list[str]) -> None:
     """Runs one stage with command-line arguments; raises UserError for a user's mistake."""
-    stage_module(name).main(stage_parser(name).parse_args(argv))
+    arguments = stage_parser(name).parse_args(argv)
+    if hasattr(arguments, "workers"):
+        start_workers([name])
+    stage_module(name).main(arguments)
+
+
+def start_workers(stages: Iterable[str]) -> None:
+    """Has the process from which workers are forked import what these stages' workers need, while the stage begins."""
+    from data_prep.executors import start_worker_server
+
+    modules = [stage_module(name) for name in stages]
+    start_worker_server(
+        [name for module in modules for name in (module.__name__, *getattr(module, "WORKER_IMPORTS", ()))]
+    )
 
 
 def _terminate(signum: int, _: FrameType | None) -> None:
     raise KeyboardInterrupt(signal.Signals(signum).name)
+
+
+def handle_signals() -> None:
+    """What ends a job from outside is met like Ctrl-C: it cleans up and can be continued."""
+    signal.signal(signal.SIGTERM, _terminate)
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # nohup has it ignored
+        signal.signal(signal.SIGHUP, _terminate)
 
 
 def main() -> int:
@@ -72,7 +99,7 @@ def main() -> int:
     if name not in STAGES:
         print(f"error: unknown stage {name!r}; {nearest(name, STAGES)}", file=sys.stderr)
         return 2
-    signal.signal(signal.SIGTERM, _terminate)
+    handle_signals()
     try:
         run_stage(name, argv[1:])
     except UserError as error:
@@ -83,7 +110,11 @@ def main() -> int:
         return 1
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
-        print(f"error: {error.strerror or error}{where}; nothing unfinished has a final name", file=sys.stderr)
+        print(
+            f"error: {error.strerror or error}{where}; nothing unfinished has a final name: mend that and run the same"
+            " command again to continue",
+            file=sys.stderr,
+        )
         return 1
     except KeyboardInterrupt:
         print("stopped; run the same command again to continue", file=sys.stderr)

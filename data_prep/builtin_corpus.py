@@ -19,15 +19,7 @@ from typing import Any
 from data_prep import durable
 from data_prep.errors import UserError
 from data_prep.manifest import FileRecord, Manifest
-from data_prep.parts import (
-    PARTS_FOLDER,
-    Report,
-    add_work_arguments,
-    finish_parts,
-    megabytes,
-    prepare_output,
-    run_parts,
-)
+from data_prep.parts import Execution, Report, Work, add_work_arguments, megabytes, working
 
 SUMMARY = "Make documents from the docstrings of this machine's Python packages (a demo and test corpus)."
 EXAMPLES = """\
@@ -142,23 +134,33 @@ def parse_files(files: list[tuple[str, str]], record: str, report: Report) -> di
     return {"files": len(files)}
 
 
-def builtin_corpus(
-    output_dir: Path, *, max_bytes: int, seed: int = 1234, workers: int = 1, overwrite: bool = False
-) -> None:
+def builtin_corpus(output_dir: Path, *, max_bytes: int, seed: int = 1234, execution: Execution | None = None) -> None:
     """Writes about `max_bytes` of documents as JSONL, in an order drawn by `seed`.
 
-    The same installation gives the same bytes whatever `workers` is. Raises UserError when `output_dir` holds
-    something else.
+    The same installation gives the same bytes whoever does it. Raises UserError when `output_dir` holds something
+    else.
     """
     job = {"command": "builtin_corpus", "max_bytes": max_bytes, "seed": seed}
-    if not prepare_output(output_dir, job, [], overwrite):
-        return
     started = time.monotonic()
-    files = _enough(source_files(), max_bytes)
+    with working(output_dir, job, [], execution or Execution()) as work:
+        if work is None:
+            return
+        records = _parse_all(work, _enough(source_files(), max_bytes))
+        if work.finishes():
+            content = _write(work, records, max_bytes, seed)
+            print(
+                f"{output_dir}: {content['documents']:,} documents, {content['text_bytes'] / 1e6:.1f} MB,"
+                f" {content['duplicate_docstrings']:,} duplicate docstrings left out;"
+                f" {time.monotonic() - started:.1f} s"
+            )
+
+
+def _parse_all(work: Work, files: list[tuple[str, Path]]) -> list[Path]:
+    """The scratch files that hold the docstrings of `files`, in their order."""
     sizes = [path.stat().st_size for _, path in files]
     chunks = range(0, len(files), _FILES_A_PART)
-    records = [output_dir / PARTS_FOLDER / f"docstrings-{start:06d}.jsonl" for start in chunks]
-    run_parts(
+    records = [work.scratch / f"docstrings-{start:06d}.jsonl" for start in chunks]
+    work.run(
         parse_files,
         [
             ([(name, str(path)) for name, path in files[start : start + _FILES_A_PART]], str(record))
@@ -166,11 +168,13 @@ def builtin_corpus(
         ],
         part_inputs=[[str(path) for _, path in files[start : start + _FILES_A_PART]] for start in chunks],
         part_bytes=[sum(sizes[start : start + _FILES_A_PART]) for start in chunks],
-        output_dir=output_dir,
-        job=job,
-        workers=workers,
         description="read docstrings",
     )
+    return records
+
+
+def _write(work: Work, records: list[Path], max_bytes: int, seed: int) -> dict[str, int]:
+    """Writes the documents and their manifest; returns its content."""
     documents, duplicates = _deduplicated(records, max_bytes)
     if not documents:
         raise UserError("this Python installation holds no docstrings (is it run with its sources stripped?)")
@@ -180,19 +184,15 @@ def builtin_corpus(
     per_file = -(-len(documents) // _OUTPUT_FILES)
     written = {}
     for index in range(0, len(documents), per_file):
-        path = output_dir / f"documents-{index // per_file:02d}.jsonl"
+        path = work.output_dir / f"documents-{index // per_file:02d}.jsonl"
         with durable.replacing(path) as output:
             for document in documents[index : index + per_file]:
                 output.write(json.dumps(document, ensure_ascii=False).encode() + b"\n")
         written[path.name] = FileRecord.of(path)
     size = sum(len(document["text"].encode()) for document in documents)
     content = {"documents": len(documents), "text_bytes": size, "duplicate_docstrings": duplicates}
-    Manifest(kind=KIND, job=job, files=written, content=content).write(output_dir)
-    finish_parts(output_dir)
-    print(
-        f"{output_dir}: {len(documents):,} documents, {size / 1e6:.1f} MB, {duplicates:,} duplicate docstrings left"
-        f" out; {time.monotonic() - started:.1f} s"
-    )
+    Manifest(kind=KIND, job=work.job, files=written, content=content).write(work.output_dir)
+    return content
 
 
 # Docstrings are about a fifth of a package's source; files beyond this multiple of the wanted size are not parsed.
@@ -237,6 +237,5 @@ def main(arguments: argparse.Namespace) -> None:
         arguments.output_dir,
         max_bytes=arguments.max_bytes,
         seed=arguments.seed,
-        workers=arguments.workers,
-        overwrite=arguments.overwrite,
+        execution=Execution.of(arguments),
     )

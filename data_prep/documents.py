@@ -1,41 +1,62 @@
-"""Reading documents: JSONL (plain, .gz, .zst), Parquet and plain text, in parts that do not depend on one another.
+"""Documents of any input, in parts that do not depend on one another.
 
-A part is a byte range of a plain JSONL file, or a whole file of the other kinds. The parts follow from the inputs
-and `part_bytes` alone, so that whatever is made of them is the same however many workers there are.
+A part is a stretch of one input: bytes of a plain JSONL file, row groups of a Parquet file, rows of a data set, or a
+whole file of the other kinds. The parts follow from the inputs and `ReadOptions` alone, so that whatever is made of
+them is the same however many workers there are. What cannot be read is named and skipped, never fatal here.
 """
 
 import argparse
-import gzip
-import io
-import json
 import os
-import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from glob import glob, has_magic
-from pathlib import Path
-from typing import Any, BinaryIO
+from dataclasses import dataclass, field
+from typing import Any
 
+from data_prep import files
 from data_prep.errors import UserError
+from data_prep.files import InputFile
 
-_JSONL = (".jsonl", ".json", ".ndjson")
-_COMPRESSED = (".gz", ".zst")
-KNOWN_SUFFIXES = (*_JSONL, *(f"{a}{b}" for a in _JSONL for b in _COMPRESSED), ".parquet", ".txt")
+JSONL_SUFFIXES = (".jsonl", ".json", ".ndjson")
+REJECTED_NAME = "rejected.jsonl"
 DEFAULT_PART_MEGABYTES = 64
-_PARQUET_BATCH_ROWS = 256
+DEFAULT_DOCUMENT_MEGABYTES = 64
+
+MALFORMED, TOO_LONG, DAMAGED, EMPTY = "malformed", "too long", "damaged", "empty"
+"""Categories of rejections. Documents without text are no fault of the input; the others are."""
+_REJECTIONS_KEPT = 2_500  # of each category and part
+
+
+def _suffixes(*endings: str) -> tuple[str, ...]:
+    return (*endings, *(f"{ending}{packed}" for ending in endings for packed in files.COMPRESSIONS))
+
+
+KINDS: dict[str, tuple[str, ...]] = {
+    "jsonl": _suffixes(*JSONL_SUFFIXES),
+    "parquet": (".parquet",),
+    "text": _suffixes(".txt"),
+    "csv": _suffixes(".csv", ".tsv"),
+    "arrow": (".arrow", ".feather"),
+    "warc": _suffixes(".warc", ".wet"),
+}
+"""Kind of file -> how its names end."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """Bytes [start, end) of one input file; `end` is the file's size where a part is a whole file."""
+    """A stretch [start, end) of one input, in the units of its kind; `bytes` is its share of the input's size.
+
+    The units are bytes of plain JSONL, row groups of Parquet, record batches of Arrow files, rows of a data set on disk
+    and shards of one that streams. Other files are one part each, and end at -1.
+    """
 
     path: str
     start: int
     end: int
+    bytes: int
 
     @property
-    def bytes(self) -> int:
-        return self.end - self.start
+    def place(self) -> str:
+        """Its file, and for a later part file@start: what lines are counted from."""
+        return f"{self.path}@{self.start}" if self.start else self.path
 
 
 @dataclass(frozen=True)
@@ -46,50 +67,105 @@ class ReadOptions:
     part_bytes: size of the parts that inputs are cut into.
     fields: whether batches carry the documents' other fields too.
     max_document_bytes: a longer document is rejected.
+    text_documents: what a document of a .txt file is, the "file" or a "paragraph" (set off by blank lines).
     """
 
     text_field: str = "text"
     id_field: str = "id"
     part_bytes: int = DEFAULT_PART_MEGABYTES * 1_000_000
     fields: bool = False
-    max_document_bytes: int = 256 * 1_000_000
+    max_document_bytes: int = DEFAULT_DOCUMENT_MEGABYTES * 1_000_000
+    text_documents: str = "file"
+
+    @staticmethod
+    def of(arguments: argparse.Namespace, *, fields: bool = False) -> "ReadOptions":
+        """From the flags of `add_input_arguments`."""
+        return ReadOptions(
+            text_field=arguments.text_field,
+            id_field=arguments.id_field,
+            part_bytes=getattr(arguments, "part_bytes", DEFAULT_PART_MEGABYTES * 1_000_000),
+            fields=fields,
+            max_document_bytes=arguments.max_document_bytes,
+            text_documents=arguments.text_documents,
+        )
 
 
+@dataclass
 class Rejections:
-    """What could not be read of one part: each with file, line (or row) and reason."""
+    """What could not be read of one part: file, line (or row), category and reason of each.
 
-    def __init__(self, path: str) -> None:
-        self.records: list[dict[str, Any]] = []
-        self._path = path
+    records: the first 2,500 of each category. In a later part of a file their "file" is file@start and their lines
+        count from there, until `number_lines` has the counts of the parts before.
+    categories: documents of each category, all of them.
+    lines: lines (or rows) that start in the part; the reader tells when it is through.
+    """
 
-    def add(self, line: int, reason: str) -> None:
-        self.records.append({"file": self._path, "line": line, "reason": reason})
+    part: Part
+    records: list[dict[str, Any]] = field(default_factory=list)
+    categories: dict[str, int] = field(default_factory=dict)
+    lines: int = 0
+
+    def add(self, line: int, category: str, reason: str, documents: int = 1) -> None:
+        """line: from 1, counted from the beginning of the part; documents: how many are lost there."""
+        before = self.categories.get(category, 0)
+        self.categories[category] = before + documents
+        if before < _REJECTIONS_KEPT:
+            self.records.append({"file": self.part.place, "line": line, "category": category, "reason": reason})
+
+
+def number_lines(parts: Sequence[Part], summaries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The parts' summaries with all lines counted from the beginning of their files, also those in samples' places.
+
+    parts, summaries: all of a job, in their order; each summary has the part's "lines" (`Rejections.lines`). So a line
+    in the middle of a terabyte has its number, and nothing was read twice for it.
+    """
+    numbered, before, path = [], 0, ""
+    for part, summary in zip(parts, summaries, strict=True):
+        if part.path != path:
+            before, path = 0, part.path
+        numbered.append(_moved(summary, part, before) if part.start else summary)
+        before += summary.get("lines", 0)
+    return numbered
+
+
+def _moved(value: Any, part: Part, lines: int) -> Any:
+    """`value` with `lines` added wherever a record or a sample names a line of `part`."""
+    if isinstance(value, list):
+        return [_moved(item, part, lines) for item in value]
+    if not isinstance(value, dict):
+        return value
+    moved = {key: _moved(item, part, lines) for key, item in value.items()}
+    if value.get("file") == part.place and "line" in value:
+        moved |= {"file": part.path, "line": value["line"] + lines}
+    if isinstance(place := value.get("place"), str) and place.startswith(f"{part.place}:"):
+        moved["place"] = f"{part.path}:{int(place.removeprefix(f'{part.place}:')) + lines}"
+    return moved
 
 
 @dataclass
 class Batch:
     """Consecutive documents of one part, about a megabyte of text.
 
-    texts: the documents' texts [documents].
+    texts: the documents' texts [documents], at least one; none is blank.
     fields: their other fields, the id included, where `ReadOptions.fields` asks for them; empty dicts otherwise.
-    lines: line (JSONL, CSV) or row of each in its file, from 1 [documents].
+    lines: line (JSONL, CSV, text) or row of each, from 1, counted from the beginning of the part [documents].
     consumed: bytes of input read since the last batch.
     """
 
-    path: str
+    part: Part
     texts: list[str]
     fields: list[dict[str, Any]]
     lines: list[int]
     consumed: int
 
     def place(self, index: int) -> str:
-        """Where document `index` of the batch came from, as file:line."""
-        return f"{self.path}:{self.lines[index]}"
+        """Where document `index` came from: file:line, or in a later part file@start:line (see `number_lines`)."""
+        return f"{self.part.place}:{self.lines[index]}"
 
     def select(self, kept: Sequence[int]) -> "Batch":
         """The documents at the indices `kept`."""
         return Batch(
-            self.path,
+            self.part,
             [self.texts[i] for i in kept],
             [self.fields[i] for i in kept],
             [self.lines[i] for i in kept],
@@ -97,198 +173,141 @@ class Batch:
         )
 
 
-def read_batches(part: Part, options: ReadOptions, rejections: Rejections) -> Iterator[Batch]:
-    """Interim: to be replaced by the real readers."""
-    batch = Batch(part.path, [], [], [], 0)
-    size = 0
-    for number, (text, consumed) in enumerate(read_documents(part, options.text_field), 1):
-        batch.texts.append(text)
-        batch.fields.append({})
-        batch.lines.append(number)
-        batch.consumed += consumed
-        size += len(text)
-        if size > 1 << 20:
-            yield batch
-            batch, size = Batch(part.path, [], [], [], 0), 0
-    if batch.texts:
-        yield batch
+def add_input_arguments(parser: argparse.ArgumentParser, *, parts: bool = True) -> None:
+    """Adds --input and a flag for each field of `ReadOptions` that a user may set; --part_megabytes with `parts`."""
+    from data_prep.parts import megabytes
 
-
-def add_input_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds --input and --text_field."""
     parser.add_argument(
         "--input",
         nargs="+",
         required=True,
         metavar="GLOB",
-        help="files or globs of documents: .jsonl (plain, .gz, .zst), .parquet, .txt (one document a file)",
+        help="files or globs, local or of any fsspec address (s3://, gs://, hf://): .jsonl, .parquet, .txt, .csv, .tsv,"
+        " .arrow, .feather, .warc, .wet, all but Parquet and Arrow also .gz, .zst, .bz2, .xz; or"
+        " dataset:NAME_OR_FOLDER[?split=S&config=C] of the datasets library (default split: train)",
+    )
+    parser.add_argument("--text_field", default="text", help="JSON key or column of the text (default: %(default)s)")
+    parser.add_argument("--id_field", default="id", help="JSON key or column of the id (default: %(default)s)")
+    parser.add_argument(
+        "--text_documents",
+        choices=("file", "paragraph"),
+        default="file",
+        help="what a document of a .txt file is; paragraphs are set off by blank lines (default: %(default)s)",
     )
     parser.add_argument(
-        "--text_field", default="text", help="JSON key or Parquet column of the text (default: %(default)s)"
+        "--max_document_megabytes",
+        dest="max_document_bytes",
+        type=megabytes,
+        metavar="MB",
+        default=str(DEFAULT_DOCUMENT_MEGABYTES),
+        help="reject longer documents, in MB (default: %(default)s)",
+    )
+    if not parts:
+        return
+    parser.add_argument(
+        "--part_megabytes",
+        dest="part_bytes",
+        type=megabytes,
+        metavar="MB",
+        default=str(DEFAULT_PART_MEGABYTES),
+        help="input that one worker takes at a time, in MB; compressed files are one part each (default: %(default)s)",
     )
 
 
-def find_inputs(patterns: list[str]) -> list[Path]:
-    """The files that the patterns name, each once, in the order of their names.
+def kind_of(name: str) -> str:
+    """The kind of an input by its name: a key of KINDS, or "dataset"; raises UserError for others."""
+    if files.is_dataset(name):
+        return "dataset"
+    for kind, suffixes in KINDS.items():
+        if name.endswith(suffixes):
+            return kind
+    known = " ".join(suffixes[0] for suffixes in KINDS.values())
+    raise UserError(f"--input {name}: unknown kind of file, expected one of {known} .tsv .ndjson .feather .wet")
 
+
+def find_inputs(patterns: Sequence[str]) -> list[InputFile]:
+    """The inputs that the patterns name, each once, in the order of their names.
+
+    A glob passes over `rejected.jsonl`, what a stage could not read, which stands beside the documents that it left.
     Raises UserError for a pattern that matches nothing or a file of an unknown kind.
     """
     found: set[str] = set()
     for pattern in patterns:
-        exact = os.path.exists(pattern) or not has_magic(pattern)  # a name may hold brackets itself
-        matches = [pattern] if exact else glob(pattern, recursive=True)
-        files = [match for match in matches if os.path.isfile(match)]
-        if not files:
-            kind = "is a folder: name its files" if os.path.isdir(pattern) else "matches no file"
-            raise UserError(
-                f"--input {pattern} {kind} (for example {pattern.rstrip('/')}/*.jsonl)"
-                if os.path.isdir(pattern)
-                else f"--input {pattern} {kind}"
-            )
-        for name in files:
-            if not name.endswith(KNOWN_SUFFIXES):
-                raise UserError(f"--input {name}: unknown kind of file, expected one of {' '.join(KNOWN_SUFFIXES)}")
-        found.update(files)
-    return [Path(name) for name in sorted(found)]
+        try:
+            matches = [pattern] if files.is_dataset(pattern) else files.expand(pattern)
+        except (OSError, ValueError, ImportError) as error:  # no such protocol, its package missing, no access
+            raise UserError(f"--input {pattern}: {' '.join(str(error).split())}") from None
+        if not matches:
+            if os.path.isdir(pattern):
+                raise UserError(
+                    f"--input {pattern} is a folder: name its files (for example {pattern.rstrip('/')}/*.jsonl),"
+                    f" or dataset:{pattern} where it is a data set of the datasets library"
+                )
+            raise UserError(f"--input {pattern} matches no file")
+        for name in matches:
+            kind_of(name)
+            if name == pattern or os.path.basename(name) != REJECTED_NAME:
+                found.add(name)
+    return _states(sorted(found))
 
 
-def list_parts(inputs: list[str], options: ReadOptions) -> list[Part]:
-    """Cuts the inputs into parts of about `part_bytes` bytes, in the order of the files' names.
+def _states(names: list[str]) -> list[InputFile]:
+    if not any(map(files.is_remote, names)):
+        return [_state(name) for name in names]
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(16) as pool:  # each is a request or more
+        return list(pool.map(_state, names))
+
+
+def _state(name: str) -> InputFile:
+    try:
+        return InputFile.of(name)
+    except Exception as error:  # of whatever library serves the address
+        raise UserError(f"--input {name}: {' '.join(str(error).split())}") from None
+
+
+def list_parts(patterns: Sequence[str], options: ReadOptions) -> list[Part]:
+    """Cuts the inputs into parts of about `options.part_bytes` bytes, in the order of the files' names.
 
     Raises UserError as `find_inputs` does.
     """
-    parts = []
-    part_bytes = options.part_bytes
-    for path in find_inputs(inputs):
-        size = path.stat().st_size
-        if path.name.endswith(_JSONL):
-            starts = range(0, size, part_bytes)
-            parts += [Part(str(path), start, min(start + part_bytes, size)) for start in starts]
+    parts: list[Part] = []
+    for file in find_inputs(patterns):
+        kind = kind_of(file.name)
+        if kind == "jsonl" and not file.name.endswith(files.COMPRESSIONS):
+            for start in range(0, file.bytes, options.part_bytes):
+                end = min(start + options.part_bytes, file.bytes)
+                parts.append(Part(file.name, start, end, end - start))
+        elif kind in ("parquet", "arrow", "dataset"):
+            from data_prep import table_readers
+
+            parts += table_readers.cut(file, kind, options)
         else:
-            parts.append(Part(str(path), 0, size))
+            parts.append(Part(file.name, 0, -1, file.bytes))
     return parts
 
 
-def read_documents(part: Part, text_field: str = "text") -> Iterator[tuple[str, int]]:
-    """Yields (text, bytes of input consumed since the last document) for the documents that start in `part`.
+def read_batches(part: Part, options: ReadOptions, rejections: Rejections) -> Iterator[Batch]:
+    """The documents of a part. What is damaged, empty or too long goes to `rejections` and is skipped.
 
-    Raises UserError naming file, line (or row) and reason for a line that is not JSON, lacks `text_field` or is
-    not UTF-8, and for a damaged file.
+    Raises OSError when the storage fails, UserError when a library for this kind of input is missing.
     """
-    if part.path.endswith(".parquet"):
-        yield from _read_parquet(part, text_field)
-    elif part.path.endswith(".txt"):
-        yield from _read_text_file(part)
-    else:
-        yield from _read_jsonl(part, text_field)
+    from data_prep import readers, table_readers, warc_reader
+
+    read = {
+        "jsonl": readers.read_jsonl,
+        "text": readers.read_text,
+        "csv": readers.read_csv,
+        "parquet": table_readers.read_parquet,
+        "arrow": table_readers.read_arrow,
+        "dataset": table_readers.read_dataset,
+        "warc": warc_reader.read_warc,
+    }
+    return read[kind_of(part.path)](part, options, rejections)
 
 
-def _read_jsonl(part: Part, text_field: str) -> Iterator[tuple[str, int]]:
-    compressed = part.path.endswith(_COMPRESSED)
-    with open(part.path, "rb") as raw:
-        position = part.start
-        lines: Iterator[bytes]
-        if compressed:
-            lines = iter(_decompressed(part.path, raw))
-        else:
-            # A line belongs to the part that holds its first byte.
-            if position:
-                raw.seek(position - 1)
-                position += len(raw.readline()) - 1
-            lines = raw
-        number = 0
-        try:
-            for line in lines:
-                if not compressed and position >= part.end:
-                    return
-                number += 1
-                before = position
-                position = raw.tell() if compressed else position + len(line)
-                if line.isspace():
-                    continue
-                try:
-                    record = json.loads(line.decode("utf-8-sig"))
-                    text = record[text_field]
-                    if not isinstance(text, str):
-                        raise TypeError
-                    text.encode()  # JSON can escape lone surrogates, which are no text
-                except (ValueError, KeyError, TypeError, RecursionError) as error:
-                    line_number = number if compressed else _line_number(part.path, before)
-                    raise UserError(
-                        f"{part.path}:{line_number}: {_reason(error, line, text_field)};"
-                        ' expected one JSON object a line such as {"' + text_field + '": "..."};'
-                        " mend or remove the line and run the command again"
-                    ) from None
-                yield text, position - before
-        except (EOFError, OSError, zlib.error) as error:
-            raise UserError(f"{part.path}: cannot be read to its end after line {number} ({error})") from None
-
-
-def _reason(error: Exception, line: bytes, text_field: str) -> str:
-    if isinstance(error, UnicodeEncodeError):
-        return f"{text_field!r} holds a lone surrogate at character {error.start}"
-    if isinstance(error, UnicodeDecodeError):
-        return f"not UTF-8 at byte {error.start} of the line"
-    if isinstance(error, json.JSONDecodeError):
-        return f"not JSON ({error.msg} at column {error.colno})"
-    if isinstance(error, KeyError):
-        found = ", ".join(sorted(json.loads(line))) or "none"
-        return f"no field {text_field!r} (found: {found}; --text_field names another)"
-    if isinstance(error, RecursionError):
-        return "not JSON of a sane depth"
-    found = type(json.loads(line)).__name__
-    return f"{text_field!r} is not a string" if found == "dict" else f"a JSON {found}, not an object"
-
-
-def _decompressed(path: str, raw: BinaryIO) -> io.BufferedIOBase:
-    if path.endswith(".gz"):
-        return gzip.GzipFile(fileobj=raw)
-    import pyarrow  # brings zstd along; imported late, most inputs do not need it
-
-    return io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd"))
-
-
-def _line_number(path: str, offset: int) -> int:
-    with open(path, "rb") as file:
-        count = 1
-        while offset > 0:
-            chunk = file.read(min(offset, 1 << 20))
-            if not chunk:
-                break
-            count += chunk.count(b"\n")
-            offset -= len(chunk)
-    return count
-
-
-def _read_text_file(part: Part) -> Iterator[tuple[str, int]]:
-    content = Path(part.path).read_bytes()
-    try:
-        yield content.decode(), part.bytes
-    except UnicodeDecodeError as error:
-        raise UserError(f"{part.path}: not UTF-8 at byte {error.start}; convert the file to UTF-8") from None
-
-
-def _read_parquet(part: Part, text_field: str) -> Iterator[tuple[str, int]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    row = 0
-    try:
-        with pyarrow.parquet.ParquetFile(part.path) as file:
-            names = file.schema_arrow.names
-            if text_field not in names:
-                raise UserError(f"{part.path}: no column {text_field!r} (found: {', '.join(names)})")
-            consumed, rows = 0, max(file.metadata.num_rows, 1)
-            for batch in file.iter_batches(batch_size=_PARQUET_BATCH_ROWS, columns=[text_field]):
-                for text in batch.column(0).to_pylist():
-                    if not isinstance(text, str):
-                        raise UserError(f"{part.path}: row {row}: {text_field!r} is not a string")
-                    row += 1
-                    now = part.bytes * row // rows
-                    yield text, now - consumed
-                    consumed = now
-    except UnicodeDecodeError as error:
-        raise UserError(f"{part.path}: row {row}: not UTF-8 at byte {error.start} of {text_field!r}") from None
-    except (pyarrow.ArrowException, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{part.path}: not a readable Parquet file ({reason})") from None
+def read_texts(part: Part, options: ReadOptions) -> Iterator[str]:
+    """The texts alone of what can be read of a part."""
+    for batch in read_batches(part, options, Rejections(part)):
+        yield from batch.texts

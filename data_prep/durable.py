@@ -6,21 +6,80 @@ atomic, but only an fsync of the directory makes it durable).
 """
 
 import contextlib
+import errno
+import functools
 import hashlib
 import json
 import os
+import re
+import secrets
 import shutil
-from collections.abc import Iterator
+import socket
+import time
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 TEMPORARY_SUFFIX = ".partial"
 _CHUNK_BYTES = 1 << 20
+_OWNED = re.compile(r"\.(?P<host>\w+)-(?P<pid>\d+)-[0-9a-f]+" + re.escape(TEMPORARY_SUFFIX))
+_ABANDONED_SECONDS = 86_400.0
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)  # a file system without hard links
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # only writing gives these
+
+
+@functools.cache
+def host_name() -> str:
+    """Names the set of processes whose ids can be compared with ours: host, boot and process namespace."""
+    name = re.sub(r"\W", "_", socket.gethostname())[:32]
+    with contextlib.suppress(OSError):  # not on Linux: the host's name must do
+        boot = Path("/proc/sys/kernel/random/boot_id").read_bytes()
+        namespace = os.stat("/proc/self/ns/pid").st_ino  # two containers of one host may share its name
+        name += "_" + hashlib.sha256(boot + str(namespace).encode()).hexdigest()[:8]
+    return name
+
+
+def is_running(host: str, pid: int) -> bool | None:
+    """Whether a process is there and not a zombie; None where it cannot be known, on another host."""
+    if host != host_name():
+        return None
+    try:
+        os.kill(pid, 0)
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except ProcessLookupError:
+        return False
+    except OSError:  # somebody else's process, or no /proc
+        return True
 
 
 def temporary_name(path: Path) -> Path:
-    """The name under which `path` is written: same folder, unique to this process."""
-    return path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
+    """A name under which `path` is written: same folder, given to nobody else on any host."""
+    return path.with_name(f"{path.name}.{host_name()}-{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
+
+
+def remove_temporary_files(folder: Path, *, ended: Collection[int] = (), alone: bool = False) -> None:
+    """Removes what killed writers left in `folder` and below; never what a running process is writing.
+
+    That is: of processes of this host that are gone (those in `ended` are), and whatever is older than a day. With
+    `alone`, when nobody else can be at work there, everything but what names a running process of this host.
+    """
+    now = time.time()
+    for path in folder.rglob(f"*{TEMPORARY_SUFFIX}"):
+        owner = _OWNED.search(path.name)
+        running = None
+        if owner is not None:
+            pid = int(owner["pid"])
+            running = False if owner["host"] == host_name() and pid in ended else is_running(owner["host"], pid)
+        with contextlib.suppress(FileNotFoundError):  # its owner was faster
+            if running is False or (running is None and (alone or now - path.stat().st_mtime > _ABANDONED_SECONDS)):
+                _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def fsync_folder(folder: Path) -> None:
@@ -36,7 +95,8 @@ def fsync_folder(folder: Path) -> None:
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """Yields a binary file that takes the name `path`, whole, when the block ends without an exception.
 
-    On an exception the temporary file is removed and whatever stood at `path` before is untouched.
+    On an exception the temporary file is removed and whatever stood at `path` before is untouched. An OSError that a
+    full disk gave without a name is raised with `path` as its `filename`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(path)
@@ -46,8 +106,10 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in _FULL and error.filename is None:
+            error.filename = str(path)
         raise
     fsync_folder(path.parent)
 
@@ -58,9 +120,39 @@ def write_bytes(path: Path, content: bytes) -> None:
         file.write(content)
 
 
+def create(path: Path, content: bytes) -> bool:
+    """Gives `content` the name `path`, whole, unless something has that name already: False then.
+
+    Of any number of processes, on any hosts, that try at the same time, one succeeds. Not fsynced: what stands there
+    is for processes that run at the same time. Raises FileNotFoundError when the folder is gone.
+    """
+    temporary = temporary_name(path)
+    try:
+        temporary.write_bytes(content)
+        os.link(temporary, path)  # atomic on NFS too
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        try:
+            with open(path, "xb") as file:
+                file.write(content)
+        except FileExistsError:
+            return False
+    finally:
+        temporary.unlink(missing_ok=True)
+    return True
+
+
 def write_json(path: Path, value: Any) -> None:
     """Replaces `path` by `value` as indented JSON (floats round-trip; NaN is refused)."""
-    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+    write_bytes(path, json_bytes(value))
+
+
+def json_bytes(value: Any) -> bytes:
+    """Indented JSON in UTF-8; a lone surrogate (of a file's name, say), which UTF-8 does not have, stays an escape."""
+    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode(errors="backslashreplace")
 
 
 @contextlib.contextmanager

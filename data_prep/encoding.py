@@ -1,7 +1,7 @@
 """Encoding: the one place where text becomes token ids, and what a tokenizer folder says about itself.
 
-The Hugging Face `tokenizers` library is the reference: faster encoders may stand behind `Encoder` where they give
-the same ids, never other ones.
+The Hugging Face `tokenizers` library is the reference, `Encoder`. Others (`fast_encoders`) stand in for it where they
+have been seen to give the same ids (`encoder_check`), never other ones.
 """
 
 import hashlib
@@ -11,9 +11,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+import tokenizers
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
@@ -128,12 +129,48 @@ def load_tokenizer_info(folder: Path | str) -> TokenizerInfo:
     )
 
 
+class Encoded(NamedTuple):
+    """Token ids of some documents.
+
+    ids: of all documents, one after the other [tokens], int32 or uint32.
+    lengths: tokens of each document [documents], int64.
+    """
+
+    ids: NDArray[Any]
+    lengths: NDArray[np.int64]
+
+    def document(self, index: int) -> NDArray[Any]:
+        """The ids of one document; adds up the lengths before it."""
+        start = int(self.lengths[:index].sum())
+        return self.ids[start : start + int(self.lengths[index])]
+
+
+class FlatEncoder(Protocol):
+    """What turns documents into ids: the reference, or what stands in for it.
+
+    name, version: of the library.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def version(self) -> str: ...
+
+    def encode_flat(self, texts: list[str], encoded: list[bytes]) -> Encoded:
+        """The ids of `texts`, which are given as their UTF-8 bytes, too."""
+        ...
+
+
 class Encoder:
-    """Whole documents to token ids, in this process and on one thread.
+    """Whole documents to token ids, in this process and on one thread: the reference.
 
     Its callers run one process a core, so the first Encoder of a process sets TOKENIZERS_PARALLELISM=false, in that
     process and for its children, unless the user's environment has set it.
     """
+
+    name = "reference"
+    version = f"tokenizers {tokenizers.__version__}"
 
     def __init__(self, folder: Path | str) -> None:
         """Raises UserError when `folder` is missing or holds no readable tokenizer.json."""
@@ -157,18 +194,48 @@ class Encoder:
         try:
             encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         except (TypeError, UnicodeEncodeError):
-            for index, text in enumerate(texts):
-                if isinstance(text, str) and (found := _SURROGATE.search(text)):
-                    raise ValueError(
-                        f"text {index} of the batch holds the lone surrogate U+{ord(found[0]):04X} at character"
-                        f" {found.start()}, which is not Unicode text"
-                    ) from None
+            refuse_surrogates(texts)
             raise
         return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+
+    def encode_flat(self, texts: list[str], encoded: list[bytes]) -> Encoded:
+        """As `encode_batch`, in one array."""
+        documents = self.encode_batch(texts)
+        ids = np.concatenate(documents) if documents else np.empty(0, dtype=np.int32)
+        return Encoded(ids, np.fromiter(map(len, documents), dtype=np.int64, count=len(documents)))
+
+    def special_tokens(self) -> list[str]:
+        """The special tokens, as they would look in a text."""
+        added = self._tokenizer.get_added_tokens_decoder().values()
+        return [token.content for token in added if token.special]
+
+    def token_starts(self, text: str) -> NDArray[np.int64]:
+        """Where in `text`, in characters, each of its tokens begins; much slower than encoding [tokens]."""
+        offsets = self._tokenizer.encode(text, add_special_tokens=False).offsets
+        return np.fromiter((start for start, _ in offsets), dtype=np.int64, count=len(offsets))
 
     def decode(self, ids: Sequence[int] | NDArray[np.integer[Any]]) -> str:
         """The text of `ids`; special tokens show as themselves."""
         return str(self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False))
+
+
+def utf8(texts: list[str]) -> list[bytes]:
+    """The bytes of each text; raises ValueError for a lone surrogate as `Encoder.encode_batch` does."""
+    try:
+        return [text.encode() for text in texts]
+    except UnicodeEncodeError:
+        refuse_surrogates(texts)
+        raise
+
+
+def refuse_surrogates(texts: list[str]) -> None:
+    """Raises ValueError naming the first text with a lone surrogate, if there is one."""
+    for index, text in enumerate(texts):
+        if isinstance(text, str) and (found := _SURROGATE.search(text)):
+            raise ValueError(
+                f"text {index} of the batch holds the lone surrogate U+{ord(found[0]):04X} at character"
+                f" {found.start()}, which is not Unicode text"
+            ) from None
 
 
 def _checked_folder(folder: Path | str) -> Path:
@@ -176,8 +243,11 @@ def _checked_folder(folder: Path | str) -> Path:
     if not folder.is_dir():
         raise UserError(f"tokenizer folder {folder} does not exist: make it with `python -m data_prep train_tokenizer`")
     if not (folder / TOKENIZER_FILE).is_file():
+        model = next(folder.glob("*.model"), None)
         raise UserError(
-            f"{folder} has no {TOKENIZER_FILE}: save it with AutoTokenizer.from_pretrained(...).save_pretrained(folder)"
+            f"{folder} has no {TOKENIZER_FILE}{f', only {model.name}' if model else ''}: convert it once with python -c"
+            f' "from transformers import AutoTokenizer;'
+            f" AutoTokenizer.from_pretrained('{folder}').save_pretrained('{folder}')\""
         )
     return folder
 

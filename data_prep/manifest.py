@@ -6,7 +6,6 @@ serves them all and a rerun knows what is done.
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 from data_prep import durable
 from data_prep.errors import UserError
+from data_prep.files import InputFile, is_dataset, is_remote
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1
@@ -36,7 +36,8 @@ class Manifest:
     """The content of one `manifest.json`.
 
     kind: "documents", "tokenizer" or "shards".
-    job: the command and its options that made the folder; equal jobs make equal folders.
+    job: the command and its options that made the folder, and under "inputs" what it read; equal jobs make equal
+        folders.
     files: every data file, by its name in the folder.
     content: what else the kind needs (counts, tokenizer fingerprint, dtype, ...).
     """
@@ -92,16 +93,44 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} is damaged ({error}): remove it and make it again") from None
 
 
-def is_current(folder: Path, job: dict[str, Any], inputs: Iterable[Path]) -> bool:
-    """True when `folder` was finished by an equal job after the last change to any of `inputs`."""
+def describe_inputs(inputs: Iterable[InputFile]) -> dict[str, Any]:
+    """What a manifest keeps of the files that a job read, as `job["inputs"]`: number, bytes, and a sha256.
+
+    The sha256 is over name and size of each, and over the version (entity tag, commit) of those that are not local
+    files. Local modification times are compared with the manifest's own.
+    """
+    files = sorted(inputs, key=lambda file: file.name)
+    versions = [(file.name, file.bytes, None if _is_local(file) else file.changed) for file in files]
+    return {
+        "files": len(files),
+        "bytes": sum(file.bytes for file in files),
+        "sha256": hashlib.sha256(repr(versions).encode()).hexdigest(),
+    }
+
+
+def _is_local(file: InputFile) -> bool:
+    return not is_remote(file.name) and not is_dataset(file.name)
+
+
+def is_current(folder: Path, job: dict[str, Any], inputs: Iterable[InputFile]) -> bool:
+    """True when `folder` was finished by an equal job after the last change to any of `inputs`.
+
+    A manifest without `job["inputs"]`, as older ones are, knows nothing of remote inputs: it is not current then.
+    """
+    inputs = list(inputs)
     path = folder / MANIFEST_NAME
     try:
-        if json.loads(path.read_bytes())["job"] != json.loads(json.dumps(job)):
-            return False
-    except (OSError, ValueError, KeyError, TypeError):
+        finished_job = json.loads(path.read_bytes())["job"]
+        finished = path.stat().st_mtime_ns
+        known = finished_job.pop("inputs", None)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
-    finished = path.stat().st_mtime_ns
-    return all(os.stat(source).st_mtime_ns <= finished for source in inputs)
+    expected = json.loads(json.dumps(job))
+    expected.pop("inputs", None)
+    if finished_job != expected or (known is not None and known != describe_inputs(inputs)):
+        return False
+    local = [file for file in inputs if _is_local(file)]
+    return (known is not None or len(local) == len(inputs)) and all(file.changed <= finished for file in local)
 
 
 def verify_files(folder: Path, manifest: Manifest, report: Callable[[int], object]) -> list[str]:

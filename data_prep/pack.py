@@ -174,3 +174,5 @@ def main(arguments: argparse.Namespace) -> None:
     else:
         print(f"{write_plan(shards.folder, plan)}: {plan.packing}, {plan.sequence_length} tokens a sample")
     print(describe(plan))
+    if shards.tokenizer_fingerprint is None:
+        print("  shards of another program: training checks the tokenizer that its recipe names, as far as ids tell")

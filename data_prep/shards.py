@@ -19,7 +19,6 @@ import json
 import mmap
 import os
 import struct
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -31,6 +30,7 @@ from numpy.typing import NDArray
 from data_prep import durable
 from data_prep.errors import UserError
 from data_prep.manifest import MANIFEST_NAME, FileRecord, Manifest, read_manifest
+from data_prep.parts import PARTS_FOLDER
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _VERSION = 1
@@ -42,6 +42,8 @@ _DTYPES: dict[int, np.dtype[Any]] = {
 # Megatron's own bound (DType.optimal_dtype): some of the ids below 65,536 are kept free.
 UINT16_VOCABULARY = 65_500
 KIND = "shards"
+_PAGE = 4096
+_STRETCH = 1 << 16
 
 
 def dtype_for(vocab_size: int) -> np.dtype[Any]:
@@ -50,7 +52,7 @@ def dtype_for(vocab_size: int) -> np.dtype[Any]:
 
 
 class ShardWriter:
-    """Writes one shard, `<prefix>.bin` and `<prefix>.idx`, document by document.
+    """Writes one shard, `<prefix>.bin` and `<prefix>.idx`, batch by batch.
 
     Use as a context manager: both files get their names, whole, when the block ends without an exception; the
     `.idx` last, so that a shard with an index is complete. Memory is 4 bytes a document.
@@ -70,10 +72,21 @@ class ShardWriter:
 
     def append(self, ids: NDArray[Any]) -> None:
         """Adds one document of token ids [tokens]."""
+        self.append_batch(ids, np.array([len(ids)]))
+
+    def append_batch(self, ids: NDArray[Any], lengths: NDArray[Any]) -> None:
+        """Adds documents.
+
+        ids: of all of them, one after the other [tokens]. lengths: tokens of each [documents].
+
+        Raises ValueError for an id that the dtype cannot hold.
+        """
+        if len(ids) and ids.dtype != self._dtype and not 0 <= int(ids.min()) <= int(ids.max()) <= max_id(self._dtype):
+            raise ValueError(f"token ids from {ids.min()} to {ids.max()} do not fit {self._dtype.name}")
         data = np.ascontiguousarray(ids, dtype=self._dtype).data
         self._file.write(data)
         self._digest.update(data)
-        self._lengths.append(len(ids))
+        self._lengths.frombytes(np.ascontiguousarray(lengths, dtype=np.intc).tobytes())
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -81,20 +94,25 @@ class ShardWriter:
         self._replacing.__exit__(kind, error, trace)
         if kind is not None:
             return
-        size = sum(self._lengths) * self._dtype.itemsize
-        index = index_bytes(self._lengths, self._dtype)
+        lengths = np.frombuffer(self._lengths, dtype=np.intc)
+        self.tokens = int(lengths.sum(dtype=np.int64))
+        self.documents = len(lengths)
+        index = index_bytes(lengths, self._dtype)
         durable.write_bytes(self._idx, index)
-        self.tokens = sum(self._lengths)
-        self.documents = len(self._lengths)
         self.files = {
-            self._bin.name: FileRecord(size, self._digest.hexdigest()),
+            self._bin.name: FileRecord(self.tokens * self._dtype.itemsize, self._digest.hexdigest()),
             self._idx.name: FileRecord(len(index), hashlib.sha256(index).hexdigest()),
         }
 
 
-def index_bytes(lengths: Iterable[int], dtype: np.dtype[Any]) -> bytes:
+def max_id(dtype: np.dtype[Any]) -> int:
+    """The largest token id that `dtype` holds."""
+    return int(np.iinfo(dtype).max)
+
+
+def index_bytes(lengths: NDArray[Any], dtype: np.dtype[Any]) -> bytes:
     """The `.idx` of documents of these lengths (tokens), one sequence each."""
-    sizes = np.fromiter(lengths, dtype="<i4")
+    sizes = np.asarray(lengths, dtype="<i4")
     pointers = np.zeros(len(sizes), dtype="<i8")
     np.cumsum(sizes[:-1], dtype="<i8", out=pointers[1:])
     pointers *= dtype.itemsize
@@ -138,6 +156,8 @@ class Shard:
             if version != _VERSION or code not in _DTYPES or boundaries < 1:
                 raise ValueError(f"version {version}, dtype code {code}")
             expected = head + _HEADER.size + 12 * sequences + 8 * boundaries
+            if sequences and len(index) == expected + sequences:
+                raise ValueError("it has sequence modes: a multimodal data set, not token ids alone")
             if len(index) != expected:
                 raise ValueError(f"{len(index)} bytes, expected {expected}")
             position = head + _HEADER.size
@@ -150,21 +170,37 @@ class Shard:
         expected = int(lengths.sum(dtype=np.int64)) * self.dtype.itemsize
         if size != expected:
             raise UserError(f"{self.path} has {size} bytes, {index_path.name} expects {expected}: the shard is damaged")
-        self._pointers, self._documents = pointers, documents
+        self._lengths, self._pointers, self._documents = lengths, pointers, documents
         self.documents = boundaries - 1
         self.tokens: NDArray[Any] = np.frombuffer(_map(self.path), self.dtype) if size else np.empty(0, self.dtype)
 
     def document_offset(self, document: int) -> int:
         """The first token of a document; for `documents`, the number of tokens in the shard."""
-        if document == self.documents:
-            return len(self.tokens)
-        return int(self._pointers[self._documents[document]]) // self.dtype.itemsize
+        return int(self.offsets_of(np.array([document]))[0])
+
+    def offsets_of(self, documents: NDArray[np.int64]) -> NDArray[np.int64]:
+        """`document_offset` of each of these documents [documents]."""
+        first = self._documents[documents]
+        offsets = np.full(len(first), len(self.tokens), dtype=np.int64)
+        inside = first < len(self._pointers)  # not so for the end, nor for empty documents before it
+        offsets[inside] = self._pointers[first[inside]] // self.dtype.itemsize
+        return offsets
 
     @functools.cached_property
     def document_offsets(self) -> NDArray[np.int64]:
-        starts = np.asarray(self._documents[:-1])
-        inner = self._pointers[starts] // self.dtype.itemsize
-        return np.append(inner, len(self.tokens)).astype(np.int64)
+        return self.offsets_of(np.arange(self.documents + 1))
+
+    def fault(self) -> str | None:
+        """What is wrong with the index beyond its size, or None: reads all of it, and none of the tokens."""
+        if not np.issubdtype(self.dtype, np.integer):
+            return f"{self.path} holds {self.dtype.name} values, not token ids"
+        steps = self._lengths[:-1].astype(np.int64) * self.dtype.itemsize
+        if len(self._pointers) and (self._pointers[0] != 0 or np.any(np.diff(self._pointers) != steps)):
+            return f"{self.path.with_suffix('.idx')}: the sequences do not lie one after the other"
+        first = self._documents
+        if first[0] != 0 or first[-1] != len(self._lengths) or np.any(np.diff(first) < 0):
+            return f"{self.path.with_suffix('.idx')}: the documents do not follow one another to the last sequence"
+        return None
 
     def document(self, document: int) -> NDArray[Any]:
         """The token ids of one document [tokens]."""
@@ -180,27 +216,33 @@ def _map(path: Path) -> mmap.mmap | bytes:
 
 @dataclass(frozen=True)
 class ShardSet:
-    """The shards of one corpus, in the order of its manifest.
+    """The shards of one corpus, in the order of its manifest; those of another program, in the order of their names.
 
-    fingerprint: sha256 over the shards' checksums; two sets with equal fingerprints hold the same tokens.
-    end_of_document: id that ends every document.
+    fingerprint: sha256 over the shards' checksums; two sets with equal fingerprints hold the same tokens (of shards of
+        another program: see `_foreign_fingerprint`).
+    vocab_size, tokenizer_fingerprint: of the tokenizer that made them; None in shards of another program, for their
+        files do not say.
+    end_of_document: id that ends every document; None likewise.
     """
 
     folder: Path
     names: tuple[str, ...]
     documents: tuple[int, ...]
     tokens: tuple[int, ...]
-    vocab_size: int
-    tokenizer_fingerprint: str
-    end_of_document: int
+    vocab_size: int | None
+    tokenizer_fingerprint: str | None
+    end_of_document: int | None
     fingerprint: str
 
     @staticmethod
     def open(folder: Path) -> "ShardSet":
         """Reads the manifest; the shards themselves are mapped by `shard`.
 
-        Raises UserError when `folder` holds no finished shard set.
+        A folder of `.bin` and `.idx` without a manifest, as Megatron's preprocess_data leaves it, is read from its
+        indexes. Raises UserError when `folder` holds no finished shard set.
         """
+        if is_foreign(folder):
+            return _open_foreign(folder)
         manifest = read_manifest(folder, KIND)
         content = manifest.content
         try:
@@ -230,6 +272,94 @@ class ShardSet:
         return shard
 
 
+def has_shards(folder: Path) -> bool:
+    """True when `folder` holds a finished shard set, ours or another program's."""
+    return (folder / MANIFEST_NAME).exists() or is_foreign(folder)
+
+
+def is_foreign(folder: Path) -> bool:
+    """True when `folder` holds shards of another program: indexes, no manifest, and no unfinished work of ours."""
+    # In this order: our own jobs have their parts' records before the first shard, and their manifest before those go.
+    if next(folder.glob("*.idx"), None) is None:
+        return False
+    return not (folder / PARTS_FOLDER).exists() and not (folder / MANIFEST_NAME).exists()
+
+
+def _open_foreign(folder: Path) -> ShardSet:
+    names = sorted(path.name.removesuffix(".idx") for path in folder.glob("*.idx"))
+    shards = [Shard(folder / name) for name in names]
+    for fault in (shard.fault() for shard in shards):
+        if fault:
+            raise UserError(f"{fault}; write the shards again")
+    return ShardSet(
+        folder=folder,
+        names=tuple(names),
+        documents=tuple(shard.documents for shard in shards),
+        tokens=tuple(len(shard.tokens) for shard in shards),
+        vocab_size=None,
+        tokenizer_fingerprint=None,
+        end_of_document=None,
+        fingerprint=_foreign_fingerprint(shards),
+    )
+
+
+def _foreign_fingerprint(shards: list[Shard]) -> str:
+    """sha256 over names, dtypes and indexes, and 64 pages of 4,096 tokens, evenly spaced, of each `.bin`.
+
+    Notices other documents, another order or another tokenizer, at the cost of the index; a few changed tokens in a
+    large file, only where it looks.
+    """
+    digest = hashlib.sha256()
+    for shard in shards:
+        index = shard.path.with_suffix(".idx")
+        digest.update(json.dumps([shard.path.name, shard.dtype.str, durable.sha256_of(index)]).encode())
+        for start in np.linspace(0, max(0, len(shard.tokens) - _PAGE), 64).astype(np.int64):
+            digest.update(np.ascontiguousarray(shard.tokens[start : start + _PAGE]).data)
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What the tokens themselves say of a shard set, where no manifest does.
+
+    tokens, documents: how many of them were looked at.
+    smallest, largest: ids seen. last: the id that ends most documents, and last_share, the share it ends.
+    """
+
+    tokens: int
+    documents: int
+    smallest: int
+    largest: int
+    last: int
+    last_share: float
+
+
+def survey(shards: ShardSet, max_tokens: int = 1 << 24, max_documents: int = 1 << 16) -> Survey:
+    """Looks at all tokens of a set of at most `max_tokens`, at as many in evenly spaced stretches of a larger one; and
+    at the ends of documents likewise."""
+    smallest, largest, seen = 0, 0, 0
+    ends: list[NDArray[np.int64]] = []
+    token_bounds, document_bounds = np.cumsum((0, *shards.tokens)), np.cumsum((0, *shards.documents))
+    total, documents = int(token_bounds[-1]), int(document_bounds[-1])
+    stretch = total if total <= max_tokens else min(_STRETCH, max_tokens)
+    starts = np.linspace(0, total - stretch, max(1, max_tokens // max(1, stretch)) if stretch < total else 1)
+    chosen = np.unique(np.linspace(0, max(0, documents - 1), min(documents, max_documents)).astype(np.int64))
+    for index in range(len(shards.names)):
+        shard, first = shards.shard(index), int(token_bounds[index])
+        for start in starts.astype(np.int64) - first:
+            tokens = shard.tokens[max(0, start) : max(0, start + stretch)]
+            seen += len(tokens)
+            smallest = min(smallest, int(tokens.min(initial=0)))
+            largest = max(largest, int(tokens.max(initial=0)))
+        inside = (chosen >= document_bounds[index]) & (chosen < document_bounds[index + 1])
+        local = chosen[inside] - document_bounds[index]
+        begin, end = shard.offsets_of(local), shard.offsets_of(local + 1)
+        ends.append(shard.tokens[end[end > begin] - 1].astype(np.int64))
+    values, counts = np.unique(np.concatenate([*ends, np.empty(0, np.int64)]), return_counts=True)
+    last, share = (int(values[counts.argmax()]), float(counts.max() / counts.sum())) if len(values) else (-1, 0.0)
+    return Survey(seen, len(chosen), smallest, largest, last, share)
+
+
 def files_fingerprint(manifest: Manifest) -> str:
     """sha256 over the names and checksums of a manifest's files."""
     records = sorted((name, record.sha256) for name, record in manifest.files.items())
@@ -241,10 +371,12 @@ def unigram_entropy(shards: ShardSet, max_tokens: int = 1 << 26) -> float:
 
     Counts the first `max_tokens` tokens of the set (all of a small corpus).
     """
-    counts = np.zeros(shards.vocab_size, dtype=np.int64)
+    counts = np.zeros(0, dtype=np.int64)
     for index in range(len(shards.names)):
         tokens = shards.shard(index).tokens[: max_tokens - int(counts.sum())]
-        counts += np.bincount(tokens, minlength=shards.vocab_size)
+        found = np.bincount(tokens, minlength=len(counts))
+        found[: len(counts)] += counts
+        counts = found
         if counts.sum() >= max_tokens:
             break
     frequencies = counts[counts > 0] / counts.sum()

@@ -7,12 +7,21 @@ the counts of parts add up to the same totals however many workers there were.
 import heapq
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar, Protocol
 
-from data_prep.documents import Batch, Part, ReadOptions, Rejections, find_inputs, list_parts, read_batches
+from data_prep.documents import (
+    Batch,
+    Part,
+    ReadOptions,
+    Rejections,
+    find_inputs,
+    list_parts,
+    number_lines,
+    read_batches,
+)
 from data_prep.files import InputFile
-from data_prep.parts import Report
+from data_prep.parts import Report, Work
 
 SAMPLES_A_REASON = 20
 
@@ -45,10 +54,54 @@ class Source:
 
     def files(self) -> list[InputFile]:
         """The input files; raises UserError as `find_inputs` does."""
-        return [InputFile.of(str(path)) for path in find_inputs(list(self.inputs))]
+        return find_inputs(self.inputs)
 
     def parts(self) -> list[Part]:
-        return list_parts(list(self.inputs), self.reading)
+        return list_parts(self.inputs, self.reading)
+
+    def job(self) -> dict[str, Any]:
+        """What identifies the documents in a job's key: every option of the way here."""
+        return {
+            "input": list(self.inputs),
+            "reading": asdict(self.reading),
+            "steps": [repr(step) for step in self.steps],
+        }
+
+    def then(self, step: StepOptions) -> "Source":
+        """This source with one more step at its end."""
+        return replace(self, steps=(*self.steps, step))
+
+    def ready(self, work: Work) -> "Ready":
+        """This source as its parts can be read: what needs a pass of its own before is done in `work`."""
+        return Ready(self, self.parts())
+
+
+@dataclass(frozen=True)
+class Ready:
+    """source: to be read part by part. parts: of the original input, one for each part of the source.
+
+    first_pass: the summary of each part, where an earlier pass read the original input and this one what that kept.
+    content: what an earlier pass found, for the manifest.
+    """
+
+    source: Source
+    parts: list[Part]
+    first_pass: list[dict[str, Any]] = field(default_factory=list)
+    content: dict[str, Any] = field(default_factory=dict)
+
+    def results(self, results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Results of the parts, of which each holds its stream's summary: now about all passes, with true lines."""
+        if not self.first_pass:
+            return number_lines(self.parts, list(results))
+        return [
+            {
+                **second,
+                **{key: first[key] for key in ("read", "rejected", "rejected_documents", "lines")},
+                "lengths": {"read": first["lengths"]["read"], "left": second["lengths"]["left"]},
+                "steps": {**first["steps"], **second["steps"]},
+            }
+            for first, second in zip(self.first_pass, results, strict=True)
+        ]
 
 
 class DocumentStream:
@@ -57,7 +110,7 @@ class DocumentStream:
     def __init__(self, source: Source, part: Part, part_number: int, report: Report) -> None:
         self._source, self._part, self._report = source, part, report
         self._steps = [options.make(part_number) for options in source.steps]
-        self._rejections = Rejections(part.path)
+        self._rejections = Rejections(part)
         self._read = {"documents": 0, "bytes": 0}
         self._lengths_read: Counter[int] = Counter()
         self._lengths_left: Counter[int] = Counter()
@@ -86,6 +139,8 @@ class DocumentStream:
         return {
             "read": self._read,
             "rejected": self._rejections.records,
+            "rejected_documents": self._rejections.categories,
+            "lines": self._rejections.lines,
             "lengths": {
                 "read": {str(bits): count for bits, count in sorted(self._lengths_read.items())},
                 "left": {str(bits): count for bits, count in sorted(self._lengths_left.items())},
@@ -94,6 +149,17 @@ class DocumentStream:
                 options.name: step.summary() for options, step in zip(self._source.steps, self._steps, strict=True)
             },
         }
+
+
+def describe_steps(content: dict[str, Any]) -> list[str]:
+    """A line for each step of a manifest's content: what it removed, most first."""
+    lines = []
+    for name, step in content.get("steps", {}).items():
+        removed = sorted(step.get("removed", {}).items(), key=lambda item: (-item[1], item[0]))
+        reasons = ", ".join(f"{reason} {count:,}" for reason, count in removed if count)
+        total = sum(count for _, count in removed)
+        lines.append(f"  {name}: {total:,} documents removed{f' ({reasons})' if reasons else ''}")
+    return lines
 
 
 def utf8_length(text: str) -> int:

@@ -20,6 +20,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ _HELD_OUT_CHARACTERS = 200_000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    documents.add_input_arguments(parser)
+    documents.add_input_arguments(parser, parts=False)
     parser.add_argument("--output_dir", type=Path, required=True, help="folder of the tokenizer")
     parser.add_argument("--type", choices=TYPES, required=True, help="kind of tokenizer")
     parser.add_argument(
@@ -107,20 +108,19 @@ def main(arguments: argparse.Namespace) -> None:
         raise UserError(f"--vocab_size {arguments.vocab_size}: expected a positive number")
     if not 0 < arguments.max_megabytes < float("inf"):
         raise UserError(f"--max_megabytes {arguments.max_megabytes}: expected a positive number")
-    input_parts = documents.list_parts(arguments.input, documents.ReadOptions(part_bytes=_PART_BYTES))
+    reading = replace(documents.ReadOptions.of(arguments), part_bytes=_PART_BYTES)
+    input_parts = documents.list_parts(arguments.input, reading)
     names = ("type", "vocab_size", "input", "text_field", "max_megabytes", "seed")
     job = {"command": "train_tokenizer"} | {name: getattr(arguments, name) for name in names}
     if arguments.type == "wordpiece":
         job["lowercase"] = arguments.lowercase
     job["input_bytes"] = sum(part.bytes for part in input_parts)
-    if is_current(folder, job, {Path(part.path) for part in input_parts}):
+    if is_current(folder, job, documents.find_inputs(arguments.input)):
         print(f"{folder} is up to date")
         return
     _check_output(folder, arguments.overwrite)
 
-    sample = sample_texts(
-        input_parts, arguments.text_field, max_bytes=int(arguments.max_megabytes * 1e6), seed=arguments.seed
-    )
+    sample = sample_texts(input_parts, reading, max_bytes=int(arguments.max_megabytes * 1e6), seed=arguments.seed)
     training, held_out = split_held_out(sample)
     trained_on = {"documents": len(training), "bytes": sum(len(text.encode()) for text in training)}
     print(
@@ -145,13 +145,15 @@ def main(arguments: argparse.Namespace) -> None:
     )
 
 
-def sample_texts(input_parts: list[documents.Part], text_field: str, *, max_bytes: int, seed: int) -> list[str]:
+def sample_texts(
+    input_parts: list[documents.Part], reading: documents.ReadOptions, *, max_bytes: int, seed: int
+) -> list[str]:
     """At most `max_bytes` bytes of UTF-8 text, spread over all the parts; the same for the same parts and seed.
 
     All of it where the input is no larger. Otherwise every part gives the start of itself: its share of `max_bytes`
     or 256 KiB, whichever is more, in an order drawn from the seed, until `max_bytes` are reached.
 
-    Raises UserError when there is no text at all, and as `documents.read_documents` does.
+    Raises UserError when there is no text at all, and OSError as `documents.read_batches` does.
     """
     total = sum(part.bytes for part in input_parts)
     everything = total <= max_bytes
@@ -165,7 +167,7 @@ def sample_texts(input_parts: list[documents.Part], text_field: str, *, max_byte
             quota = max_bytes - taken
             if not everything:
                 quota = min(quota, max(max_bytes * part.bytes // total, _MIN_QUOTA_BYTES))
-            for text, _ in documents.read_documents(part, text_field):
+            for text in documents.read_texts(part, reading):
                 raw = text.encode()[:quota]
                 # A document that the quota cuts inside a character loses that character.
                 if kept := raw.decode("utf-8", "ignore"):

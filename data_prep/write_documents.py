@@ -8,14 +8,13 @@ from typing import Any
 import orjson
 
 from data_prep import durable
-from data_prep.documents import Part
+from data_prep.documents import REJECTED_NAME, Part
 from data_prep.manifest import FileRecord, Manifest
 from data_prep.parts import Report, Work
 from data_prep.stream import DocumentStream, Source, merge, utf8_length
 
 KIND = "documents"
 SAMPLES_NAME = "samples.json"
-REJECTED_NAME = "rejected.jsonl"
 
 
 def write_part(source: Source, part: Part, number: int, path: str, report: Report) -> dict[str, Any]:
@@ -44,16 +43,21 @@ def write_part(source: Source, part: Part, number: int, path: str, report: Repor
     }
 
 
-def write_documents(work: Work, source: Source, description: str) -> list[dict[str, Any]]:
-    """Writes every part of `source` as `documents-NNNNNN.jsonl` in the job's folder; the parts' results."""
-    parts = source.parts()
-    return work.run(
+def write_documents(work: Work, source: Source, description: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Writes every part of `source` as `documents-NNNNNN.jsonl` in the job's folder.
+
+    Returns the parts' results, and what a pass of the source's own found, for the manifest (`Ready.content`).
+    """
+    ready = source.ready(work)
+    parts = ready.source.parts()
+    results = work.run(
         write_part,
-        [(source, part, number, str(work.output_dir / part_name(number))) for number, part in enumerate(parts)],
+        [(ready.source, part, number, str(work.output_dir / part_name(number))) for number, part in enumerate(parts)],
         part_inputs=[[part.path] for part in parts],
         part_bytes=[part.bytes for part in parts],
         description=description,
     )
+    return ready.results(results), ready.content
 
 
 def part_name(number: int) -> str:
@@ -80,12 +84,11 @@ def write_side_files(output_dir: Path, totals: dict[str, Any]) -> dict[str, File
     files = {}
     samples = {name: step.pop("samples") for name, step in totals.get("steps", {}).items() if step.get("samples")}
     rejected = totals.pop("rejected", [])
-    totals["rejected_documents"] = len(rejected)
     if samples:
         durable.write_json(output_dir / SAMPLES_NAME, samples)
         files[SAMPLES_NAME] = FileRecord.of(output_dir / SAMPLES_NAME)
     if rejected:
         lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in rejected)
-        durable.write_bytes(output_dir / REJECTED_NAME, lines.encode())
+        durable.write_bytes(output_dir / REJECTED_NAME, lines.encode(errors="backslashreplace"))
         files[REJECTED_NAME] = FileRecord.of(output_dir / REJECTED_NAME)
     return files

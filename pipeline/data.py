@@ -4,16 +4,15 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from data_prep.encoding import TokenizerInfo, load_tokenizer_info
 from data_prep.errors import UserError
-from data_prep.manifest import MANIFEST_NAME
 from data_prep.pack import Plan, make_plan, read_plan, write_plan
-from data_prep.shards import ShardSet
+from data_prep.shards import ShardSet, has_shards, survey
 from pipeline.batch import BatchPlan
 from pipeline.recipe import DataSection, Recipe
 from pipeline.samples import Batch, Samples
@@ -23,29 +22,30 @@ _BATCHES_AHEAD = 2
 
 @dataclass(frozen=True)
 class Data:
-    """What a run trains and evaluates on."""
+    """What a run trains and evaluates on.
+
+    notes: lines for the log, such as what could not be checked.
+    """
 
     tokenizer: TokenizerInfo
     shards: ShardSet
     plan: Plan
     train: Samples
     validation: Samples
+    notes: tuple[str, ...] = ()
 
 
 def is_missing(section: DataSection) -> bool:
     """True when the shards are not there (or not finished) but the recipe says how to make them."""
-    return section.prepare is not None and not (Path(section.shards) / MANIFEST_NAME).exists()
+    return section.prepare is not None and not has_shards(Path(section.shards))
 
 
 def prepare(section: DataSection) -> None:
     """Runs the recipe's data_prep job; raises UserError when it fails or makes other shards."""
-    from data_prep import run
     from data_prep.__main__ import run_stage
 
     assert section.prepare is not None
-    for stage, argv in run.read_job(Path(section.prepare)):
-        print(f"== data_prep {stage}", flush=True)
-        run_stage(stage, argv)
+    run_stage("run", [section.prepare])
     if is_missing(section):
         raise UserError(f"data.prepare: {section.prepare} does not make data.shards {section.shards}")
 
@@ -60,7 +60,7 @@ def wait_for_shards(section: DataSection) -> None:
 def open_shards(section: DataSection) -> ShardSet:
     """The recipe's shards; raises UserError saying how to make them when they are missing."""
     folder = Path(section.shards)
-    if not (folder / MANIFEST_NAME).exists():
+    if not has_shards(folder):
         raise UserError(
             f"data.shards: {folder} holds no finished shards; make them with `python -m data_prep tokenize --input ..."
             f" --tokenizer {section.tokenizer} --output_dir {folder}`"
@@ -86,7 +86,10 @@ def open_data(recipe: Recipe) -> Data:
     section = recipe.data
     shards = open_shards(section)
     tokenizer = load_tokenizer_info(Path(section.tokenizer))
-    if tokenizer.fingerprint != shards.tokenizer_fingerprint:
+    notes: tuple[str, ...] = ()
+    if shards.tokenizer_fingerprint is None:
+        shards, notes = adopt(shards, tokenizer)
+    elif tokenizer.fingerprint != shards.tokenizer_fingerprint:
         raise UserError(
             f"data.tokenizer {section.tokenizer} has fingerprint {tokenizer.fingerprint[:12]}, but the shards in"
             f" {shards.folder} were made with {shards.tokenizer_fingerprint[:12]}; name the tokenizer that made them,"
@@ -99,7 +102,44 @@ def open_data(recipe: Recipe) -> Data:
         Samples(shards, plan, split, seed=recipe.seed, special=tokenizer.special, masking=recipe.masking)
         for split in ("train", "validation")
     )
-    return Data(tokenizer, shards, plan, train, validation)
+    return Data(tokenizer, shards, plan, train, validation, notes)
+
+
+def adopt(shards: ShardSet, tokenizer: TokenizerInfo) -> tuple[ShardSet, tuple[str, ...]]:
+    """Shards of another program with what their files do not say taken from `tokenizer`, and what to log about it.
+
+    Raises UserError when they hold ids that the tokenizer has not.
+    """
+    found = survey(shards)
+    for extreme in (found.smallest, found.largest):
+        if not 0 <= extreme < tokenizer.vocab_size:
+            raise UserError(
+                f"data.shards {shards.folder} hold id {extreme}, but data.tokenizer {tokenizer.folder} has"
+                f" {tokenizer.vocab_size} ids: another tokenizer made them; name that one"
+            )
+    looked_at = "all" if found.tokens == sum(shards.tokens) else f"{found.tokens:,} of {sum(shards.tokens):,}"
+    notes = [
+        f"{shards.folder} has no manifest.json ({len(shards.names)} shards of another program): that"
+        f" {tokenizer.folder} made them could not be checked, only that its ids reach theirs ({looked_at} tokens seen)"
+    ]
+    end = tokenizer.special.end_of_document
+    if found.last != end:
+        notes.append(
+            f"warning: {found.last_share:.1%} of the documents end with id {found.last}, few or none with the end of"
+            f" document of {tokenizer.folder}, {end}: their ends are not told from their text"
+        )
+    elif found.last_share < 1:
+        notes.append(
+            f"warning: {found.last_share:.1%} of the documents end with the tokenizer's end of document, {end}; the"
+            " others run into the ones that follow"
+        )
+    adopted = replace(
+        shards,
+        vocab_size=tokenizer.vocab_size,
+        tokenizer_fingerprint=tokenizer.fingerprint,
+        end_of_document=end,
+    )
+    return adopted, tuple(notes)
 
 
 def step_batches(samples: Samples, step: int, batches: BatchPlan, rank: int) -> list[Batch]:

@@ -5,9 +5,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from data_prep.randomness import seed_of
 from pipeline.ds_config import offload_device, precision, zero_stage
 from pipeline.objective import loss_sum
-from pipeline.randomness import seed_of
 from pipeline.recipe import OptimizerSection
 from pipeline.samples import Batch
 from pipeline.startup import World

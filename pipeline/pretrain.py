@@ -102,6 +102,8 @@ def run(arguments: Arguments, timings: Timings) -> None:
     epochs = max_steps * batches.global_batch_size / data.train.size
     logger.info(f"model     {model_config.model_type}, {size.parameters / 1e6:,.1f} M parameters, {recipe.objective}")
     logger.info(f"data      {recipe.data.shards}, {data.train.size:,} samples of {recipe.data.sequence_length} tokens")
+    for note in data.notes:
+        logger.info(f"data      {note}")
     logger.info(f"batch     {batches}, {tokens_a_step:,} tokens a step")
     logger.info(f"engine    {describe(ds_config, recipe)} on {world.describe()}")
     logger.info(f"run       {output_dir}, {max_steps:,} steps, {epochs:.2f} epochs")

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from data_prep.encoding import SpecialTokens
 from data_prep.errors import UserError
 from data_prep.pack import Plan
+from data_prep.randomness import hash64, permute, uniform
 from data_prep.shards import Shard, ShardSet
-from pipeline.randomness import hash64, permute, uniform
 from pipeline.recipe import MaskingSection
 
 IGNORED = -100
@@ -70,6 +70,7 @@ class Samples:
             self._separator = _needed(special.separator, "separator ([SEP])")
             self._mask = _needed(special.mask, "mask ([MASK])")
             ids = [token for token in vars(special).values() if token is not None]
+            assert shards.vocab_size is not None  # shards of another program have taken the tokenizer's
             self._is_special = np.zeros(shards.vocab_size, dtype=bool)
             self._is_special[ids] = True
             self._ordinary = np.flatnonzero(~self._is_special)

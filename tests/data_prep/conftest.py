@@ -1,6 +1,7 @@
 """`python -m data_prep` as a user runs it."""
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -76,3 +77,45 @@ def start_data_prep() -> Iterator[Callable[..., "subprocess.Popen[str]"]]:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
+
+
+def _train_byte_level(folder: Path, texts: list[str], *, add_prefix_space: bool = False) -> Path:
+    """GPT-2's kind of tokenizer."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=900,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    folder.mkdir()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def train_byte_level() -> Callable[..., Path]:
+    return _train_byte_level
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folders(
+    tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Path, tiny_tokenizer: Path, tiny_texts: list[str]
+) -> dict[str, Path]:
+    """One tokenizer of each kind, trained on `tiny_corpus`."""
+    root = tmp_path_factory.mktemp("tokenizers")
+    for kind, size in (("unigram", 420), ("wordpiece", 400)):
+        flags = f"--input {tiny_corpus}/*.jsonl --output_dir {root / kind} --type {kind} --vocab_size {size}"
+        data_prep_main.run_stage("train_tokenizer", flags.split())
+    return {
+        "byte_level": _train_byte_level(root / "byte_level", tiny_texts),
+        "bpe": tiny_tokenizer,
+        "unigram": root / "unigram",
+        "wordpiece": root / "wordpiece",
+    }

@@ -8,6 +8,7 @@ import pytest
 
 from data_prep.builtin_corpus import _deduplicated, builtin_corpus, docstrings, is_english_prose
 from data_prep.manifest import read_manifest, verify_files
+from data_prep.parts import Execution
 
 MAX_BYTES = 300_000
 
@@ -15,7 +16,7 @@ MAX_BYTES = 300_000
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     folder = tmp_path_factory.mktemp("builtin") / "documents"
-    builtin_corpus(folder, max_bytes=MAX_BYTES, workers=2)
+    builtin_corpus(folder, max_bytes=MAX_BYTES, execution=Execution(workers=2))
     return folder
 
 
@@ -25,7 +26,7 @@ def documents(corpus):
 
 
 def test_one_worker_writes_the_bytes_of_two(corpus, tmp_path):
-    builtin_corpus(tmp_path / "again", max_bytes=MAX_BYTES, workers=1)
+    builtin_corpus(tmp_path / "again", max_bytes=MAX_BYTES, execution=Execution(workers=1))
     names = sorted(path.name for path in corpus.iterdir())
     assert names == [*(f"documents-0{i}.jsonl" for i in range(4)), "manifest.json"]
     for name in names:

@@ -6,7 +6,16 @@ import os
 import pytest
 
 from data_prep.errors import UserError
-from data_prep.manifest import MANIFEST_NAME, FileRecord, Manifest, is_current, read_manifest, verify_files
+from data_prep.files import InputFile
+from data_prep.manifest import (
+    MANIFEST_NAME,
+    FileRecord,
+    Manifest,
+    describe_inputs,
+    is_current,
+    read_manifest,
+    verify_files,
+)
 
 JOB = {"command": "tokenize", "input": ["a", "b"], "part_bytes": 3}
 
@@ -54,11 +63,38 @@ def test_current_means_equal_job_and_no_younger_input(folder, tmp_path_factory):
     source.write_bytes(b"")
     finished = (folder / MANIFEST_NAME).stat().st_mtime_ns
     os.utime(source, ns=(finished, finished))
-    assert is_current(folder, JOB, [source])
-    assert not is_current(folder, {**JOB, "part_bytes": 4}, [source])
+    assert is_current(folder, JOB, [InputFile.of(str(source))])
+    assert not is_current(folder, {**JOB, "part_bytes": 4}, [InputFile.of(str(source))])
     os.utime(source, ns=(finished + 1, finished + 1))
-    assert not is_current(folder, JOB, [source])
+    assert not is_current(folder, JOB, [InputFile.of(str(source))])
     assert not is_current(tmp_path_factory.mktemp("empty"), JOB, [])
+
+
+@pytest.mark.parametrize("name", ["s3://bucket/a.jsonl", "dataset:some/name"])
+def test_another_version_of_a_remote_input_is_not_current(tmp_path, name):
+    inputs = [InputFile(name, 10, "version 1")]
+    Manifest(kind="shards", job={**JOB, "inputs": describe_inputs(inputs)}, files={}).write(tmp_path)
+    assert is_current(tmp_path, JOB, inputs)
+    assert not is_current(tmp_path, JOB, [InputFile(name, 10, "version 2")])
+    assert not is_current(tmp_path, JOB, [*inputs, InputFile("s3://bucket/b.jsonl", 0, "version 1")])
+
+
+def test_an_old_manifest_knows_nothing_of_remote_inputs(folder):
+    assert is_current(folder, JOB, [])
+    assert not is_current(folder, JOB, [InputFile("s3://bucket/a.jsonl", 10, "version 1")])
+
+
+@pytest.mark.parametrize("change", ["one more", "one less", "another size"])
+def test_local_inputs_with_old_time_stamps_are_noticed_all_the_same(tmp_path, change):
+    inputs = [InputFile("a", 1, 0), InputFile("b", 1, 0)]
+    Manifest(kind="shards", job={**JOB, "inputs": describe_inputs(inputs)}, files={}).write(tmp_path)
+    changed = {
+        "one more": [*inputs, InputFile("c", 1, 0)],
+        "one less": inputs[:1],
+        "another size": [inputs[0], InputFile("b", 2, 0)],
+    }
+    assert is_current(tmp_path, JOB, inputs[::-1])
+    assert not is_current(tmp_path, JOB, changed[change])
 
 
 def test_every_changed_file_is_named(folder):

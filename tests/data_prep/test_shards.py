@@ -1,5 +1,6 @@
 """Token shards are Megatron-Core's format, byte for byte, and damage is one clear error."""
 
+import itertools
 import json
 import math
 import struct
@@ -59,6 +60,32 @@ def test_any_documents_round_trip(data, dtype, tmp_path_factory):
     assert [shard.document_offset(i) for i in range(len(documents) + 1)] == shard.document_offsets.tolist()
     assert (writer.documents, writer.tokens) == (len(documents), len(shard.tokens))
     assert writer.files == {f"s{suffix}": FileRecord.of(prefix.with_suffix(suffix)) for suffix in (".bin", ".idx")}
+
+
+@given(
+    documents=st.lists(st.lists(st.integers(0, 65_535), max_size=8), max_size=12),
+    cuts=st.lists(st.integers(0, 12), max_size=3),
+)
+@settings(max_examples=40, deadline=None)
+def test_batches_of_documents_make_the_bytes_of_single_ones(documents, cuts, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("batches")
+    write_shard(folder / "single", documents, UINT16)
+    bounds = sorted({0, len(documents), *(cut for cut in cuts if cut < len(documents))})
+    with ShardWriter(folder / "batches", UINT16) as writer:
+        for start, end in itertools.pairwise(bounds):
+            batch = documents[start:end]
+            flat = np.array([id_ for ids in batch for id_ in ids], dtype=np.uint32)
+            writer.append_batch(flat, np.array([len(ids) for ids in batch], dtype=np.int64))
+    for suffix in (".bin", ".idx"):
+        assert (folder / f"batches{suffix}").read_bytes() == (folder / f"single{suffix}").read_bytes()
+    assert (writer.documents, writer.tokens) == (len(documents), sum(map(len, documents)))
+
+
+@pytest.mark.parametrize("id_", [-1, 65_536])
+def test_an_id_that_the_dtype_does_not_hold_is_refused(tmp_path, id_):
+    with pytest.raises(ValueError, match="do not fit uint16"), ShardWriter(tmp_path / "s", UINT16) as writer:
+        writer.append(np.array([1, id_], dtype=np.int32))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("dtype", "code", "itemsize"), [(UINT16, 8, 2), (INT32, 4, 4)])

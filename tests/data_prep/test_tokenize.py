@@ -1,29 +1,37 @@
 """Tokenizing is exact: the same bytes however many workers, killed or not, and nothing half-made has a final name."""
 
 import gzip
+import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import time
+from dataclasses import fields
 
 import numpy as np
-import psutil
 import pyarrow
 import pyarrow.parquet
 import pytest
 
+from data_prep import tokenize as tokenize_module
+from data_prep.documents import Part, ReadOptions
 from data_prep.durable import TEMPORARY_SUFFIX
-from data_prep.encoding import load_tokenizer_info
+from data_prep.encoding import Encoder, load_tokenizer_info
 from data_prep.errors import UserError
+from data_prep.randomness import permute
+from data_prep.sentences import Sentences
 from data_prep.shards import Shard, ShardSet
-from data_prep.tokenize import tokenize
+from data_prep.shuffle import write_shuffled
+from data_prep.tokenize import TokenizeOptions, tokenize
 
 PART_BYTES = 20_000
+SUFFIXES = (".bin", ".idx", ".sentences")
 
 
 def contents(folder) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in (".bin", ".idx")}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in SUFFIXES}
 
 
 def all_ids(folder) -> list[list[int]]:
@@ -46,10 +54,10 @@ def test_ids_are_autotokenizers_and_the_end_of_document(tiny_shards, tiny_tokeni
 
 def test_two_workers_write_the_bytes_of_one(tiny_corpus, tiny_tokenizer, tiny_shards, tmp_path):
     tokenize([f"{tiny_corpus}/*.jsonl"], tiny_tokenizer, tmp_path / "s", part_bytes=PART_BYTES, workers=2)
-    assert len(contents(tiny_shards)) == 12
+    assert len(contents(tiny_shards)) == 18
     assert contents(tmp_path / "s") == contents(tiny_shards)
     assert (tmp_path / "s/manifest.json").read_bytes() == (tiny_shards / "manifest.json").read_bytes()
-    assert {path.suffix for path in (tmp_path / "s").iterdir()} == {".bin", ".idx", ".json"}
+    assert {path.suffix for path in (tmp_path / "s").iterdir()} == {".bin", ".idx", ".sentences", ".json"}
 
 
 def test_every_kind_of_file_gives_the_same_tokens(tiny_tokenizer, tiny_texts, tmp_path):
@@ -80,23 +88,10 @@ def test_blank_documents_and_parts_without_documents_leave_no_shard(tiny_tokeniz
     shards = ShardSet.open(tmp_path / "s")
     assert len(all_ids(tmp_path / "s")) == 2 and sum(shards.documents) == 2
     assert 0 not in shards.documents
-    assert set(contents(tmp_path / "s")) == {f"{name}{suffix}" for name in shards.names for suffix in (".bin", ".idx")}
+    assert set(contents(tmp_path / "s")) == {f"{name}{suffix}" for name in shards.names for suffix in SUFFIXES}
     manifest = json.loads((tmp_path / "s/manifest.json").read_bytes())
-    assert set(manifest["files"]) == set(contents(tmp_path / "s"))
-    assert manifest["content"]["empty_documents"] == 20
-
-
-def test_a_large_vocabulary_is_written_as_int32(tiny_tokenizer, tmp_path):
-    """The same tokenizer with one more token, of id 65,499, needs 65,500 rows."""
-    tokenizer = tmp_path / "tokenizer"
-    shutil.copytree(tiny_tokenizer, tokenizer)
-    raw = json.loads((tokenizer / "tokenizer.json").read_bytes())
-    raw["model"]["vocab"]["zzz"] = 65_499
-    (tokenizer / "tokenizer.json").write_text(json.dumps(raw))
-    assert load_tokenizer_info(tokenizer).vocab_size == 65_500
-    (tmp_path / "a.jsonl").write_text('{"text": "the end"}\n')
-    tokenize([f"{tmp_path}/a.jsonl"], tokenizer, tmp_path / "s")
-    assert ShardSet.open(tmp_path / "s").shard(0).dtype == np.int32
+    assert set(manifest["files"]) - {"rejected.jsonl"} == set(contents(tmp_path / "s"))
+    assert manifest["content"]["rejected_documents"] == {"empty": 20}
 
 
 def wait_for(condition, seconds=30.0):
@@ -114,53 +109,25 @@ def slow_job(tiny_corpus, tmp_path):
     return tmp_path / "input.jsonl"
 
 
-@pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_an_interrupted_job_continues_to_the_same_bytes(
-    slow_job, tiny_tokenizer, tmp_path, start_data_prep, data_prep, signal_number
+@pytest.mark.parametrize("shuffled", [[], ["--shuffle_seed", "3"]])
+def test_a_killed_job_continues_to_the_same_bytes(
+    slow_job, tiny_tokenizer, tmp_path, start_data_prep, data_prep, shuffled
 ):
     output = tmp_path / "shards"
-    arguments = [*flags(slow_job, tiny_tokenizer, output), "--part_megabytes", "0.2", "--workers", "2"]
+    arguments = [*flags(slow_job, tiny_tokenizer, output), "--part_megabytes", "0.2", "--workers", "2", *shuffled]
     process = start_data_prep(*arguments)
-    wait_for(lambda: len(list(output.glob(".parts/0*.json"))) >= 3)
-    workers = psutil.Process(process.pid).children(recursive=True)
-    if signal_number == signal.SIGINT:
-        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers as well
-    else:
-        process.send_signal(signal_number)
-    stderr = process.communicate(timeout=30)[1]
-    assert process.returncode == {signal.SIGKILL: -9, signal.SIGTERM: 130, signal.SIGINT: 130}[signal_number]
-    assert "Traceback" not in stderr
-    wait_for(lambda: not any(worker.is_running() and worker.status() != "zombie" for worker in workers))
-    if signal_number != signal.SIGKILL:
-        assert not list(output.rglob(f"*{TEMPORARY_SUFFIX}"))
-        assert stderr.splitlines()[-1].endswith("stopped; run the same command again to continue")
-
+    wait_for(lambda: len(list(output.glob(".parts/tokenize/0*.json"))) >= 3)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate(timeout=30)
     assert not (output / "manifest.json").exists()
-    (output / f"000099.bin.1{TEMPORARY_SUFFIX}").write_bytes(b"of a killed process")
-    done = [json.loads(path.read_bytes())["result"]["files"] for path in output.glob(".parts/0*.json")]
-    kept = {name: (output / name).stat().st_mtime_ns for files in done for name in files}
-    assert len(kept) >= 6
+    done = len(list(output.glob(".parts/tokenize/0*.json")))
     again = data_prep(*arguments)
-    assert again.status == 0 and f"{len(done)} of 21 parts were done before" in again.stdout
-    assert {name: (output / name).stat().st_mtime_ns for name in kept} == kept
-    assert {path.suffix for path in output.iterdir()} == {".bin", ".idx", ".json"}
-
-    if signal_number == signal.SIGKILL:
-        tokenize([str(slow_job)], tiny_tokenizer, tmp_path / "whole", part_bytes=200_000, workers=2)
-        assert contents(output) == contents(tmp_path / "whole")
-        assert (output / "manifest.json").read_bytes() == (tmp_path / "whole/manifest.json").read_bytes()
-
-
-def test_ctrl_c_while_the_workers_start_is_no_traceback(slow_job, tiny_tokenizer, tmp_path, start_data_prep):
-    process = start_data_prep(
-        *flags(slow_job, tiny_tokenizer, tmp_path / "s"), "--part_megabytes", "1", "--workers", "2"
-    )
-    # The resource tracker and two workers, which are importing their modules.
-    wait_for(lambda: len(psutil.Process(process.pid).children()) == 3)
-    time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGINT)
-    stderr = process.communicate(timeout=30)[1]
-    assert process.returncode == 130 and "Traceback" not in stderr
+    assert again.status == 0 and f"{done} of 21 parts were done before" in again.stdout
+    assert {path.suffix for path in output.iterdir()} == {*SUFFIXES, ".json"}
+    options = TokenizeOptions(shuffle_seed=3 if shuffled else None)
+    tokenize([str(slow_job)], tiny_tokenizer, tmp_path / "whole", options=options, part_bytes=200_000, workers=2)
+    assert contents(output) == contents(tmp_path / "whole")
+    assert (output / "manifest.json").read_bytes() == (tmp_path / "whole/manifest.json").read_bytes()
 
 
 def test_what_is_up_to_date_is_not_made_again(tiny_corpus, tiny_tokenizer, tmp_path, data_prep):
@@ -213,44 +180,179 @@ def test_overwrite_replaces_nothing_but_its_own_results(tiny_tokenizer, tmp_path
 
 
 GOOD = "".join(json.dumps({"text": f"document number {number}"}) + "\n" for number in range(60)).encode()
-BAD_INPUTS = {
-    "malformed JSON": ("a.jsonl", GOOD + b'{"text": oops}\n' + GOOD, "a.jsonl:61: not JSON"),
-    "missing field": ("a.jsonl", GOOD + b'{"body": "x"}\n', "a.jsonl:61: no field 'text' (found: body"),
-    "not a string": ("a.jsonl", GOOD + b'{"text": 1}\n', "a.jsonl:61: 'text' is not a string"),
-    "invalid UTF-8": ("a.jsonl", GOOD + b'{"text": "\xff"}\n', "a.jsonl:61: not UTF-8"),
-    "lone surrogate": ("a.jsonl", GOOD + b'{"text": "\\udc80"}\n', "a.jsonl:61: 'text' holds a lone surrogate"),
-    "truncated gzip": ("a.jsonl.gz", gzip.compress(GOOD)[:-12], "a.jsonl.gz: cannot be read to its end"),
-    "not Parquet": ("a.parquet", b"no table", "a.parquet: not a readable Parquet file"),
-    "empty corpus": ("a.jsonl", b"", "the input holds no text: 1 files such as"),
-    "blank corpus": ("a.jsonl", b'{"text": " "}\n\n', "the input holds no text: 1 files such as"),
+BAD_LINES = {
+    "malformed JSON": b'{"text": oops}',
+    "missing field": b'{"body": "x"}',
+    "not a string": b'{"text": 1}',
+    "invalid UTF-8": b'{"text": "\xff"}',
+    "lone surrogate": b'{"text": "\\udc80"}',
 }
 
 
-@pytest.mark.parametrize("case", BAD_INPUTS)
-def test_bad_input_is_one_error_and_leaves_nothing_that_looks_finished(tiny_tokenizer, tmp_path, data_prep, case):
-    name, content, message = BAD_INPUTS[case]
-    (tmp_path / name).write_bytes(content)
-    output = tmp_path / "s"
-    outcome = data_prep(*flags(tmp_path / name, tiny_tokenizer, output), "--part_megabytes", "0.001", "--workers", "2")
-    assert message in outcome.error
-    assert not (output / "manifest.json").exists()
-    assert not list(output.rglob(f"*{TEMPORARY_SUFFIX}"))
-    for index in output.glob("*.idx"):  # parts that were done before the bad line are whole
-        assert Shard(index.with_suffix("")).documents > 0
+@pytest.mark.parametrize("case", BAD_LINES)
+def test_a_bad_line_is_named_and_left_out_or_too_much(tiny_tokenizer, tmp_path, data_prep, case):
+    (tmp_path / "a.jsonl").write_bytes(GOOD + BAD_LINES[case] + b"\n" + GOOD)
+    arguments = flags(tmp_path / "a.jsonl", tiny_tokenizer, tmp_path / "s")
+    refused = data_prep(*arguments)
+    assert "1 of the 121 documents" in refused.error and "a.jsonl:61: " in refused.error
+    assert not (tmp_path / "s/manifest.json").exists() and not list((tmp_path / "s").rglob(f"*{TEMPORARY_SUFFIX}"))
     with pytest.raises(UserError, match=r"manifest\.json is missing"):
-        ShardSet.open(output)
+        ShardSet.open(tmp_path / "s")
+    assert data_prep(*arguments, "--max_bad_fraction", "0.01").status == 0
+    (record,) = map(json.loads, (tmp_path / "s/rejected.jsonl").read_text().splitlines())
+    assert (record["file"], record["line"]) == (str(tmp_path / "a.jsonl"), 61)
+    manifest = json.loads((tmp_path / "s/manifest.json").read_bytes())
+    assert manifest["content"]["documents"] == 120 and sum(manifest["content"]["rejected_documents"].values()) == 1
+    (tmp_path / "good.jsonl").write_bytes(GOOD + GOOD)
+    tokenize([str(tmp_path / "good.jsonl")], tiny_tokenizer, tmp_path / "good")
+    assert all_ids(tmp_path / "s") == all_ids(tmp_path / "good")
 
 
-def test_a_mended_line_continues_without_an_old_part(tiny_tokenizer, tmp_path, data_prep):
-    path = tmp_path / "a.jsonl"
-    arguments = [*flags(path, tiny_tokenizer, tmp_path / "s"), "--part_megabytes", "0.001", "--workers", "1"]
-    path.write_bytes(GOOD + b'{"text": a line to remove}\n')
-    assert "a.jsonl:61" in data_prep(*arguments).error
-    path.write_bytes(GOOD[GOOD.index(b"\n") + 1 :])  # one line fewer at the start, too: everything moves
+@pytest.mark.parametrize("content", [b"", b'{"text": " "}\n\n'])
+def test_input_without_text_is_one_error_and_leaves_nothing_that_looks_finished(
+    tiny_tokenizer, tmp_path, data_prep, content
+):
+    (tmp_path / "a.jsonl").write_bytes(content)
+    outcome = data_prep(*flags(tmp_path / "a.jsonl", tiny_tokenizer, tmp_path / "s"))
+    assert "the input holds no text: " in outcome.error
+    assert not (tmp_path / "s/manifest.json").exists()
+    assert not list((tmp_path / "s").glob("*.bin"))
+
+
+SIZES = {"65499": (65_499, np.uint16), "65500": (65_500, np.int32), "65536": (65_536, np.int32)}
+
+
+def with_vocabulary(tokenizer, folder, size):
+    """The same tokenizer with one more piece, of the id that makes its vocabulary this large."""
+    shutil.copytree(tokenizer, folder)
+    raw = json.loads((folder / "tokenizer.json").read_bytes())
+    raw["model"]["vocab"]["zzz"] = size - 1
+    (folder / "tokenizer.json").write_text(json.dumps(raw))
+    return folder
+
+
+@pytest.mark.parametrize("case", SIZES)
+def test_ids_are_uint16_only_where_the_vocabulary_is_below_65500(tiny_tokenizer, tmp_path, data_prep, case):
+    size, dtype = SIZES[case]
+    tokenizer = with_vocabulary(tiny_tokenizer, tmp_path / "tokenizer", size)
+    assert load_tokenizer_info(tokenizer).vocab_size == size
+    (tmp_path / "a.jsonl").write_text('{"text": "the end"}\n')
+    arguments = flags(tmp_path / "a.jsonl", tokenizer, tmp_path / "s")
     assert data_prep(*arguments).status == 0
-    tokenize([str(path)], tiny_tokenizer, tmp_path / "whole", part_bytes=1000)
-    assert contents(tmp_path / "s") == contents(tmp_path / "whole")
-    assert len(all_ids(tmp_path / "s")) == 59
+    assert ShardSet.open(tmp_path / "s").shard(0).dtype == dtype
+    assert (tmp_path / "s/000000.idx").read_bytes()[17] == {np.uint16: 8, np.int32: 4}[dtype]
+    arguments[-1] = tmp_path / "forced"
+    forced = data_prep(*arguments, "--dtype", "uint16")
+    if size < 65_500:
+        assert forced.status == 0
+    else:
+        assert f"has {size} ids, expected fewer than 65500" in forced.error
+        assert not (tmp_path / "forced").exists()  # before the first byte
+
+
+def test_every_option_is_in_the_jobs_key(tiny_tokenizer, tmp_path):
+    """A key that leaves one out would call the shards of other options up to date."""
+    (tmp_path / "a.jsonl").write_text('{"text": "the end"}\n')
+    tokenize([str(tmp_path / "a.jsonl")], tiny_tokenizer, tmp_path / "s")
+    job = json.loads((tmp_path / "s/manifest.json").read_bytes())["job"]
+    assert {field.name for field in fields(TokenizeOptions)} <= set(job)
+    assert {field.name for field in fields(ReadOptions)} == set(job["reading"])
+    others = {"encoder": "reference", "dtype": "int32", "sentences": False, "shuffle_seed": 1}
+    assert set(others) == {field.name for field in fields(TokenizeOptions)}
+    for name, value in others.items():
+        with pytest.raises(UserError, match="give --overwrite"):
+            options = TokenizeOptions(**{name: value})
+            tokenize([str(tmp_path / "a.jsonl")], tiny_tokenizer, tmp_path / "s", options=options)
+
+
+def test_tokens_are_counted_by_input(tiny_shards, tiny_corpus, monkeypatch):
+    content = json.loads((tiny_shards / "manifest.json").read_bytes())["content"]
+    assert set(content["sources"]) == set(map(str, tiny_corpus.iterdir()))
+    assert [source["documents"] for source in content["sources"].values()] == [120, 120]
+    assert sum(source["tokens"] for source in content["sources"].values()) == content["tokens"]
+    monkeypatch.setattr(tokenize_module, "_SOURCES_SHOWN", 1)
+    parts = [Part("a", 0, 1, 1), Part("b", 0, 1, 1), Part("b", 1, 2, 1)]
+    results = [{"documents": 1, "tokens": 5}, {"documents": 2, "tokens": 3}, {"documents": 1, "tokens": 3}]
+    assert tokenize_module._sources(parts, results) == {"b": {"documents": 3, "tokens": 6}}
+
+
+def test_sentence_starts_lie_beside_every_shard(tiny_shards, tiny_tokenizer, tiny_texts):
+    """Decoded, every sentence of the plain texts begins where a sentence does."""
+    shards = ShardSet.open(tiny_shards)
+    encoder = Encoder(tiny_tokenizer)
+    found = []
+    for index, name in enumerate(shards.names):
+        shard, sentences = shards.shard(index), Sentences(tiny_shards / name)
+        assert sentences.documents == shard.documents
+        for number in range(shard.documents):
+            ids, starts = shard.document(number)[:-1], sentences.document(number).tolist()
+            found.append([encoder.decode(ids[a:b]) for a, b in itertools.pairwise([*starts, len(ids)])])
+    assert ["".join(parts) for parts in found] == tiny_texts
+    plain = [number for number in range(len(tiny_texts)) if tiny_texts[number].isascii()]
+    assert len(plain) > 200
+    for number in plain:
+        assert found[number] == re.findall(r" ?[^.]+\.", tiny_texts[number])
+
+
+def test_without_sentences_there_are_no_sentence_files(tiny_corpus, tiny_tokenizer, tiny_shards, tmp_path):
+    options = TokenizeOptions(sentences=False)
+    tokenize([f"{tiny_corpus}/*.jsonl"], tiny_tokenizer, tmp_path / "s", options=options, part_bytes=PART_BYTES)
+    expected = {name: content for name, content in contents(tiny_shards).items() if not name.endswith(".sentences")}
+    assert contents(tmp_path / "s") == expected
+
+
+def shuffled(corpus, tokenizer, folder, seed, workers=1, part_bytes=PART_BYTES):
+    options = TokenizeOptions(shuffle_seed=seed)
+    tokenize([f"{corpus}/*.jsonl"], tokenizer, folder, options=options, part_bytes=part_bytes, workers=workers)
+    return all_ids(folder)
+
+
+def test_a_shuffle_is_a_permutation_that_follows_the_seed_alone(
+    tiny_corpus, tiny_tokenizer, tiny_shards, tmp_path, monkeypatch
+):
+    plain = all_ids(tiny_shards)
+    first = shuffled(tiny_corpus, tiny_tokenizer, tmp_path / "1", seed=1)
+    assert first == [plain[i] for i in permute(np.arange(240), 240, 1)]
+    assert sorted(first) == sorted(plain) and first != plain
+    assert shuffled(tiny_corpus, tiny_tokenizer, tmp_path / "2", seed=1, workers=2) == first
+    assert shuffled(tiny_corpus, tiny_tokenizer, tmp_path / "3", seed=1, part_bytes=7_000) == first
+    assert shuffled(tiny_corpus, tiny_tokenizer, tmp_path / "4", seed=2) != first
+    assert contents(tmp_path / "1") == contents(tmp_path / "2")
+    assert (tmp_path / "1/manifest.json").read_bytes() == (tmp_path / "2/manifest.json").read_bytes()
+    assert {path.suffix for path in (tmp_path / "1").iterdir()} == {*SUFFIXES, ".json"}
+
+
+def test_sentences_travel_along_when_documents_are_shuffled_into_several_shards(tiny_shards, tmp_path):
+    plain = ShardSet.open(tiny_shards)
+    source = [
+        (plain.shard(i).document(n).tolist(), Sentences(tiny_shards / name).document(n).tolist())
+        for i, name in enumerate(plain.names)
+        for n in range(plain.documents[i])
+    ]
+    plan = {
+        "prefixes": [str(tiny_shards / name) for name in plain.names],
+        "documents": list(plain.documents),
+        "dtype": "<u2",
+        "seed": 9,
+        "sentences": True,
+        "shards": 7,
+    }
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    found = []
+    for number in range(7):
+        prefix = tmp_path / f"{number:06d}"
+        result = write_shuffled(str(tmp_path / "plan.json"), number, str(prefix), lambda documents, size: None)
+        shard, sentences = Shard(prefix), Sentences(prefix)
+        assert result["documents"] == shard.documents == sentences.documents
+        found += [(shard.document(n).tolist(), sentences.document(n).tolist()) for n in range(shard.documents)]
+    assert found == [source[i] for i in permute(np.arange(240), 240, 9)]
+
+
+def test_a_folder_with_a_sentencepiece_model_alone_is_told_how_to_convert_it(tiny_corpus, tmp_path, data_prep):
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t/spiece.model").write_bytes(b"")
+    error = data_prep(*flags(f"{tiny_corpus}/*.jsonl", tmp_path / "t", tmp_path / "s")).error
+    assert "has no tokenizer.json, only spiece.model: convert it once with" in error and "save_pretrained" in error
 
 
 @pytest.mark.parametrize(

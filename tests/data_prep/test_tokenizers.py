@@ -265,20 +265,20 @@ def test_sample_is_deterministic_bounded_and_spread_over_the_input(tmp_path):
         write_documents(tmp_path / f"{n}.jsonl", [f"{n} {i} é " + "x" * 1000 for i in range(1500)])
     parts = list_parts([str(tmp_path / "*.jsonl")], ReadOptions(part_bytes=1 << 20))
     first, again, other = (
-        train_tokenizer.sample_texts(parts, "text", max_bytes=3_000_000, seed=seed) for seed in (1, 1, 2)
+        train_tokenizer.sample_texts(parts, ReadOptions(), max_bytes=3_000_000, seed=seed) for seed in (1, 1, 2)
     )
     assert first == again != other
     assert {text[0] for text in first} == set("0123")
     size = sum(len(text.encode()) for text in first)
     assert 2_900_000 <= size <= 3_000_000
-    everything = train_tokenizer.sample_texts(parts, "text", max_bytes=10**9, seed=1)
+    everything = train_tokenizer.sample_texts(parts, ReadOptions(), max_bytes=10**9, seed=1)
     assert len(everything) == 6000
 
 
 def test_sample_of_one_huge_document_stops_at_the_bound(tmp_path):
     path = write_documents(tmp_path / "one.jsonl", ["é" * 100_000])
     sample = train_tokenizer.sample_texts(
-        list_parts([str(path)], ReadOptions(part_bytes=1 << 20)), "text", max_bytes=1001, seed=0
+        list_parts([str(path)], ReadOptions(part_bytes=1 << 20)), ReadOptions(), max_bytes=1001, seed=0
     )
     assert sample == ["é" * 500]
 
@@ -413,7 +413,7 @@ def test_end_of_document_is_the_separator_where_there_is_no_eos(folders, tmp_pat
 def test_tokenizer_folder_errors_say_what_to_do(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         encoding.load_tokenizer_info(tmp_path / "absent")
-    with pytest.raises(UserError, match=r"save_pretrained\(folder\)"):
+    with pytest.raises(UserError, match=r"save_pretrained\("):
         encoding.Encoder(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(UserError, match="not a readable tokenizer"):
