@@ -1,6 +1,6 @@
 """data_prep beside the tools people use: one run, same input, same tokenizer, same cores, whole processes end to end.
 
-python benchmarks/data_prep.py                                    all of it, on Debian's documentation (about 130 MB)
+python benchmarks/data_prep.py                                    all of it, on Debian's documentation (about 410 MB)
 python benchmarks/data_prep.py --input corpus.jsonl --only bpe clean
 python benchmarks/data_prep.py --megabytes 8 --repeats 1 --no_peers     a minute, ours alone
 
@@ -436,7 +436,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", type=Path, help="JSONL with a text field (default: made by benchmarks/corpus.py)")
     parser.add_argument("--megabytes", type=float, default=math.inf, help="text to use (default: all)")
-    parser.add_argument("--peer_megabytes", type=float, default=math.inf, help="text for slow peers (default: as ours)")
+    parser.add_argument(
+        "--peer_megabytes", type=float, default=40.0, help="text for the slow tokenizing peers (default: %(default)s)"
+    )
     parser.add_argument(
         "--clean_peer_megabytes", type=float, default=8.0, help="text for datatrove's cleaning (default: %(default)s)"
     )
@@ -453,7 +455,9 @@ def main() -> None:
     peers = None if arguments.no_peers else python_of_peers(arguments.peers_python)
     corpus = arguments.input or WORK / "corpus.jsonl"
     if not corpus.exists():
-        subprocess.run([sys.executable, str(ROOT / "benchmarks" / "corpus.py"), "--output", str(corpus)], check=True)
+        subprocess.run(
+            [sys.executable, str(ROOT / "benchmarks" / "corpus.py"), "--more", "--output", str(corpus)], check=True
+        )
     WORK.mkdir(parents=True, exist_ok=True)
     tables: dict[str, list[Row]] = {}
     with tempfile.TemporaryDirectory(dir=WORK) as name:

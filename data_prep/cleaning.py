@@ -14,10 +14,10 @@ from itertools import cycle, groupby
 from typing import Any, ClassVar
 
 from data_prep import rules as kernel
-from data_prep.documents import Batch
+from data_prep.documents import Batch, utf8_length
 from data_prep.errors import UserError, nearest
 from data_prep.language import DEFAULT_MIN_SCORE, Identifier, check_languages
-from data_prep.stream import Samples, utf8_length
+from data_prep.stream import Samples
 
 LANGUAGE = "language"
 EMPTY = "empty"

@@ -13,11 +13,11 @@ from typing import Any, ClassVar
 import numpy as np
 
 from data_prep import files
-from data_prep.documents import Batch, ReadOptions, list_parts, read_texts
+from data_prep.documents import Batch, ReadOptions, list_parts, read_texts, utf8_length
 from data_prep.errors import UserError
 from data_prep.files import InputFile
 from data_prep.minhash import Texts, composed, kernel, pointer
-from data_prep.stream import Samples, utf8_length
+from data_prep.stream import Samples
 
 CONTAMINATED = "contaminated"
 DEFAULT_NGRAM = 13

@@ -142,9 +142,14 @@ def _moved(value: Any, part: Part, lines: int) -> Any:
     return moved
 
 
+def utf8_length(text: str) -> int:
+    """Bytes of `text` in UTF-8."""
+    return len(text) if text.isascii() else len(text.encode())
+
+
 @dataclass
 class Batch:
-    """Consecutive documents of one part, about a megabyte of text.
+    """Consecutive documents of one part, about two megabytes of text.
 
     texts: the documents' texts [documents], at least one; none is blank.
     fields: their other fields, the id included, where `ReadOptions.fields` asks for them; empty dicts otherwise.
@@ -157,6 +162,19 @@ class Batch:
     fields: list[dict[str, Any]]
     lines: list[int]
     consumed: int
+    _utf8: list[bytes] | None = field(default=None, repr=False, compare=False)
+
+    def utf8(self) -> list[bytes]:
+        """The bytes of each text, encoded once [documents]."""
+        if self._utf8 is None:
+            self._utf8 = [text.encode() for text in self.texts]
+        return self._utf8
+
+    def sizes(self) -> list[int]:
+        """Bytes of each text in UTF-8 [documents]."""
+        if self._utf8 is not None:
+            return list(map(len, self._utf8))
+        return list(map(utf8_length, self.texts))
 
     def place(self, index: int) -> str:
         """Where document `index` came from: file:line, or in a later part file@start:line (see `number_lines`)."""

@@ -27,7 +27,7 @@ from typing import Any, BinaryIO, ClassVar
 import numpy as np
 
 from data_prep import durable
-from data_prep.documents import Batch, Part, number_lines
+from data_prep.documents import Batch, Part, number_lines, utf8_length
 from data_prep.files import InputFile, is_dataset, is_remote
 from data_prep.minhash import (
     MinHashOptions,
@@ -40,7 +40,7 @@ from data_prep.minhash import (
     signatures,
 )
 from data_prep.parts import Report, Work
-from data_prep.stream import DocumentStream, Ready, Samples, Source, StepOptions, utf8_length
+from data_prep.stream import DocumentStream, Ready, Samples, Source, StepOptions
 
 EXACT, NEAR = "exact", "near"
 METHODS = (EXACT, NEAR)

@@ -49,11 +49,11 @@ class Progress:
         self._bar.close()
         if kind is None and self._bytes:
             seconds = max(time.monotonic() - self._started, 1e-3)
-            print(
-                f"{self._description}: {self._documents:,} documents, {self._bytes / 1e6:,.1f} MB in {seconds:,.1f} s"
-                f" ({self._documents / seconds:,.0f} documents/s, {self._bytes / 1e6 / seconds:,.1f} MB/s)",
-                flush=True,
-            )
+            size, rate = f"{self._bytes / 1e6:,.1f} MB", f"{self._bytes / 1e6 / seconds:,.1f} MB/s"
+            if self._documents:  # not of work on scratch files
+                size = f"{self._documents:,} documents, {size}"
+                rate = f"{self._documents / seconds:,.0f} documents/s, {rate}"
+            print(f"{self._description}: {size} in {seconds:,.1f} s ({rate})", flush=True)
 
     def report(self, part: int, documents: int, size: int) -> None:
         """More of a part that is at work."""
@@ -73,8 +73,9 @@ class Progress:
         self._documents += documents
         self._bytes += size
         seconds = max(time.monotonic() - self._started, 1e-3)
-        postfix = f"{self._documents:,} documents, {self._documents / seconds:,.0f} documents/s"
-        self._bar.set_postfix_str(postfix, refresh=False)
+        if self._documents:
+            postfix = f"{self._documents:,} documents, {self._documents / seconds:,.0f} documents/s"
+            self._bar.set_postfix_str(postfix, refresh=False)
         self._bar.update(size)
 
     def note(self, line: str) -> None:

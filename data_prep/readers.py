@@ -18,7 +18,7 @@ from data_prep import files
 from data_prep.documents import DAMAGED, EMPTY, MALFORMED, TOO_LONG, Batch, Part, ReadOptions, Rejections
 from data_prep.files import COMPRESSIONS
 
-_BATCH_BYTES = 1 << 20
+_BATCH_BYTES = 1 << 21
 _BLOCK_BYTES = 1 << 20
 
 Document = tuple[int, str, dict[str, Any], int]
@@ -202,7 +202,7 @@ def _second_look(line: bytes, name: str) -> tuple[str, dict[str, Any]]:
 
 
 def batched(part: Part, documents: Iterator[Document], options: ReadOptions, rejections: Rejections) -> Iterator[Batch]:
-    """Batches of about a megabyte of text; empty and too long documents are rejected on the way."""
+    """Batches of about two megabytes of text; empty and too long documents are rejected on the way."""
     limit = options.max_document_bytes
     batch, size = Batch(part, [], [], [], 0), 0
     for line, text, fields, consumed in documents:

@@ -117,19 +117,23 @@ class DocumentStream:
 
     def __iter__(self) -> Iterator[Batch]:
         for batch in read_batches(self._part, self._source.reading, self._rejections):
-            read, consumed = len(batch.texts), batch.consumed
-            sizes = [utf8_length(text) for text in batch.texts]
-            self._read["documents"] += read
-            self._read["bytes"] += sum(sizes)
-            self._lengths_read.update(size.bit_length() for size in sizes)
-            for step in self._steps:
-                batch = step(batch)
+            original, consumed = batch, batch.consumed
             if self._steps:
-                sizes = [utf8_length(text) for text in batch.texts]
-            self._lengths_left.update(size.bit_length() for size in sizes)
+                self._count_read(original.sizes())
+                for step in self._steps:
+                    batch = step(batch)
             if batch.texts:
                 yield batch
-            self._report(read, consumed)
+            sizes = batch.sizes()  # only now: what has been encoded meanwhile need not be encoded to be measured
+            if not self._steps:
+                self._count_read(sizes)
+            self._lengths_left.update(size.bit_length() for size in sizes)
+            self._report(len(original.texts), consumed)
+
+    def _count_read(self, sizes: list[int]) -> None:
+        self._read["documents"] += len(sizes)
+        self._read["bytes"] += sum(sizes)
+        self._lengths_read.update(size.bit_length() for size in sizes)
 
     def summary(self) -> dict[str, Any]:
         """Counts of the whole part: what was read, rejected, and what each step did with it.
@@ -160,11 +164,6 @@ def describe_steps(content: dict[str, Any]) -> list[str]:
         total = sum(count for _, count in removed)
         lines.append(f"  {name}: {total:,} documents removed{f' ({reasons})' if reasons else ''}")
     return lines
-
-
-def utf8_length(text: str) -> int:
-    """Bytes of `text` in UTF-8."""
-    return len(text) if text.isascii() else len(text.encode())
 
 
 class Samples:

@@ -36,6 +36,7 @@ WORKER_IMPORTS = (
     "data_prep.sentences",
     "data_prep.shards",
     "gigatoken",
+    "awkward",  # which gigatoken imports at its first batch
     "tokenizers",
 )
 REFERENCE = "reference"
@@ -114,7 +115,7 @@ def encode_part(
     import numpy as np
 
     from data_prep.encoder_check import SampleCheck
-    from data_prep.encoding import Encoder, utf8
+    from data_prep.encoding import Encoder
     from data_prep.fast_encoders import load_encoder
     from data_prep.sentences import SentenceFinder, SentencesWriter, Text, with_ends
     from data_prep.shards import ShardWriter
@@ -141,7 +142,7 @@ def encode_part(
             if options.encoder != REFERENCE and os.path.exists(options.differs):
                 difference = ""
                 break
-            raw = utf8(batch.texts)
+            raw = batch.utf8()
             clock("reading")
             encoded = encoder.encode_flat(batch.texts, raw)
             clock("encoding")

@@ -8,10 +8,10 @@ from typing import Any
 import orjson
 
 from data_prep import durable
-from data_prep.documents import REJECTED_NAME, Part
+from data_prep.documents import REJECTED_NAME, Part, utf8_length
 from data_prep.manifest import FileRecord, Manifest
 from data_prep.parts import Report, Work
-from data_prep.stream import DocumentStream, Source, merge, utf8_length
+from data_prep.stream import DocumentStream, Source, merge
 
 KIND = "documents"
 SAMPLES_NAME = "samples.json"

@@ -63,6 +63,16 @@ def test_the_cleaning_table_runs_clean_and_deduplicate_as_one_job(corpus, tmp_pa
     assert rows[1]["counted"]["documents"] == rows[2]["counted"]["documents"] == rows[0]["counted"]["documents"]
 
 
+def test_simulated_parts_are_all_done_and_their_efficiency_is_shown():
+    script = ROOT / "benchmarks" / "simulated_parts.py"
+    flags = ["--workers", "1", "3", "--parts", "2", "--seconds", "0.05"]
+    done = subprocess.run([sys.executable, script, *flags], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [line.split() for line in done.stdout.splitlines()[1:]]
+    assert [row[0] for row in rows] == ["1", "3"]
+    assert all(0 < float(row[-1].rstrip("%")) <= 100 and float(row[2]) >= 0.1 for row in rows)
+
+
 def test_a_slice_holds_every_document_once_in_files_of_about_equal_size(benchmark, corpus, tmp_path):
     whole = benchmark.make_slice(corpus, 1e9, tmp_path / "whole", 3)
     lines = corpus.read_bytes().splitlines(keepends=True)

@@ -163,7 +163,7 @@ def test_all_rejections_are_counted_and_a_bounded_number_described(tmp_path):
     assert len(rejections.records) == 2500 + 30 and rejections.lines == 4030
 
 
-def test_batches_are_about_a_megabyte_and_tell_the_bytes_that_they_took(tmp_path):
+def test_batches_are_about_two_megabytes_and_tell_the_bytes_that_they_took(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(jsonl(["x" * 99_000] * 50))
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(jsonl(["x" * 99_000] * 50)))
     pyarrow.parquet.write_table(pyarrow.table({"text": ["x" * 99_000] * 50}), tmp_path / "a.parquet")
@@ -171,7 +171,7 @@ def test_batches_are_about_a_megabyte_and_tell_the_bytes_that_they_took(tmp_path
         (part,) = list_parts([str(path)], ReadOptions())
         batches = list(read_batches(part, ReadOptions(), Rejections(part)))
         sizes = [sum(map(len, batch.texts)) for batch in batches]
-        assert all(1_000_000 < size < 1_300_000 for size in sizes[:-1]) and sum(sizes) == 50 * 99_000
+        assert all(2_000_000 < size < 2_300_000 for size in sizes[:-1]) and sum(sizes) == 50 * 99_000
         assert sum(batch.consumed for batch in batches) == path.stat().st_size
 
 
