@@ -4,6 +4,8 @@ Each is made so that it should give the reference's ids: no special token is rec
 for `encoder_check` to see; what cannot be loaded or is of another kind is simply not used.
 """
 
+import contextlib
+import ctypes
 import functools
 import importlib.metadata
 import importlib.util
@@ -13,7 +15,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +66,6 @@ class Tokie:
 
     def __init__(self, folder: Path) -> None:
         """Raises whatever tokie raises for a tokenizer that it does not take."""
-        # One worker process a core: tokie would start a thread a core in each.
-        os.environ.setdefault("RAYON_NUM_THREADS", "1")
         import tokie
 
         self.version = importlib.metadata.version("tokie")
@@ -80,8 +80,28 @@ class Tokie:
     def encode_flat(self, texts: list[str], encoded: list[bytes]) -> Encoded:
         if not texts:
             return _nothing()
-        ids, lengths = self._tokenizer.encode_batch_flat(texts, add_special_tokens=False)
+        with _on_this_core():
+            ids, lengths = self._tokenizer.encode_batch_flat(texts, add_special_tokens=False)
         return Encoded(ids, lengths.astype(np.int64))
+
+
+@contextlib.contextmanager
+def _on_this_core() -> Iterator[None]:
+    """Keeps this thread on the core that it is at.
+
+    tokie starts a thread for each core that the calling thread may use, at every call, and has no setting for it; we
+    run a process a core.
+    """
+    try:
+        allowed, core = os.sched_getaffinity(0), ctypes.CDLL(None).sched_getcpu()
+        os.sched_setaffinity(0, {core})
+    except (AttributeError, OSError):  # not on this system
+        yield
+        return
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, allowed)
 
 
 class Sentencepiece:

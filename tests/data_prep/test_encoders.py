@@ -1,6 +1,7 @@
 """A fast encoder gives the reference's ids, or is not used: on nasty texts, on random ones, and wrong doubles."""
 
 import itertools
+import os
 import unicodedata
 from pathlib import Path
 
@@ -260,3 +261,19 @@ def test_the_manifest_says_what_encoded_and_what_was_checked(tiny_corpus, tiny_t
     assert 30 <= record["checked_during"]["documents"] <= 90 and record["checked_during"]["tokens"] > 1000
     assert expected[1].encoder["name"] == "reference"
     assert expected[1].encoder["checked_during"]["documents"] == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system does not tell which cores a thread has")
+def test_tokie_has_one_core_while_it_encodes_and_the_process_all_of_them_after(tokenizer_folders):
+    encoder = fast_encoders.Tokie(tokenizer_folders["wordpiece"])
+    allowed, seen = os.sched_getaffinity(0), []
+
+    class Watched:
+        def encode_batch_flat(self, texts, **flags):
+            seen.append(os.sched_getaffinity(0))
+            return original.encode_batch_flat(texts, **flags)
+
+    original, encoder._tokenizer = encoder._tokenizer, Watched()
+    assert len(encoder.encode_flat(["some text"], [b"some text"]).ids) > 1
+    assert [len(cores) for cores in seen] == [1] and seen[0] <= allowed
+    assert os.sched_getaffinity(0) == allowed
