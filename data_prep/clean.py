@@ -9,7 +9,7 @@ from data_prep.cleaning import DEFAULT_RULES, DEFAULT_SETTINGS, RULES, CleanOpti
 from data_prep.documents import ReadOptions, add_input_arguments
 from data_prep.language import DEFAULT_MIN_SCORE
 from data_prep.parts import Execution, add_work_arguments, working
-from data_prep.stream import Source
+from data_prep.stream import Source, most_first
 
 SUMMARY = """\
 Clean documents: Unicode NFC, no control characters, and the rules of Gopher, C4 and FineWeb; docs/cleaning.md defines
@@ -98,7 +98,7 @@ def describe(output_dir: Path, content: dict[str, Any], seconds: float) -> str:
     step = content["steps"][CleanOptions.name]
     documents, size = step["documents"], step["bytes"]
     rows = [("read", documents["in"], f"{size['in'] / 1e6:,.1f} MB")]
-    rows += [(f"- {reason}", count, "") for reason, count in sorted(step["removed"].items(), key=_most_first)]
+    rows += [(f"- {reason}", count, "") for reason, count in most_first(step["removed"])]
     rows.append(("kept", documents["out"], f"{size['out'] / 1e6:,.1f} MB"))
     rows += [(f"changed by {change}", count, "") for change, count in step["changed"].items() if count]
     rejected = sum(content.get("rejected_documents", {}).values())
@@ -111,10 +111,6 @@ def describe(output_dir: Path, content: dict[str, Any], seconds: float) -> str:
     speed = size["in"] / 1e6 / max(seconds, 1e-9)
     lines.append(f"{output_dir}: {documents['out']:,} documents in {seconds:.1f} s, {speed:,.1f} MB/s")
     return "\n".join(line.rstrip() for line in lines)
-
-
-def _most_first(entry: tuple[str, int]) -> tuple[int, str]:
-    return -entry[1], entry[0]
 
 
 def hand_on(arguments: argparse.Namespace, upstream: Source | None) -> Source:

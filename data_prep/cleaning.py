@@ -14,7 +14,7 @@ from itertools import cycle, groupby
 from typing import Any, ClassVar
 
 from data_prep import rules as kernel
-from data_prep.documents import Batch, utf8_length
+from data_prep.documents import Batch
 from data_prep.errors import UserError, nearest
 from data_prep.language import DEFAULT_MIN_SCORE, Identifier, check_languages
 from data_prep.stream import Samples
@@ -188,7 +188,7 @@ class Cleaner:
 
     def __call__(self, batch: Batch) -> Batch:
         self._documents["in"] += len(batch.texts)
-        self._bytes["in"] += sum(map(utf8_length, batch.texts))
+        self._bytes["in"] += sum(batch.sizes())
         texts = [self._regular(text) for text in batch.texts]
         batch = Batch(batch.part, texts, batch.fields, batch.lines, batch.consumed)
         blank = [index for index, text in enumerate(texts) if not text or text.isspace()]
@@ -202,7 +202,7 @@ class Cleaner:
         for index in range(len(batch.texts)):
             self._samples.offer(KEPT, batch.place(index), functools.partial(self._shown, batch, index))
         self._documents["out"] += len(batch.texts)
-        self._bytes["out"] += sum(map(utf8_length, batch.texts))
+        self._bytes["out"] += sum(batch.sizes())
         return batch
 
     def summary(self) -> dict[str, Any]:

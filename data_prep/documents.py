@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import orjson
+
 from data_prep import files
 from data_prep.errors import UserError
 from data_prep.files import InputFile
@@ -163,6 +165,7 @@ class Batch:
     lines: list[int]
     consumed: int
     _utf8: list[bytes] | None = field(default=None, repr=False, compare=False)
+    _sizes: list[int] | None = field(default=None, repr=False, compare=False)
 
     def utf8(self) -> list[bytes]:
         """The bytes of each text, encoded once [documents]."""
@@ -171,10 +174,15 @@ class Batch:
         return self._utf8
 
     def sizes(self) -> list[int]:
-        """Bytes of each text in UTF-8 [documents]."""
-        if self._utf8 is not None:
-            return list(map(len, self._utf8))
-        return list(map(utf8_length, self.texts))
+        """Bytes of each text in UTF-8, measured once [documents]."""
+        if self._sizes is None:
+            self._sizes = list(map(utf8_length, self.texts) if self._utf8 is None else map(len, self._utf8))
+        return self._sizes
+
+    def json_lines(self, text_field: str) -> Iterator[bytes]:
+        """Each document as a line of JSON, newline included: its other fields, and its text as `text_field`."""
+        for text, fields in zip(self.texts, self.fields, strict=True):
+            yield orjson.dumps({**fields, text_field: text}, option=orjson.OPT_APPEND_NEWLINE)
 
     def place(self, index: int) -> str:
         """Where document `index` came from: file:line, or in a later part file@start:line (see `number_lines`)."""

@@ -256,8 +256,6 @@ def write_signatures(
     source: Source, part: Part, number: int, options: DuplicateOptions, folder: str, spill: bool, report: Report
 ) -> dict[str, Any]:
     """Writes the signatures of one part's documents and, with `spill`, the documents themselves."""
-    import orjson
-
     stream = DocumentStream(source, part, number, report)
     records: Counter[str] = Counter()
     run = _Run(options, 0)
@@ -274,10 +272,7 @@ def write_signatures(
         for batch in stream:
             run.add(batch)
             if spilled:
-                spilled.writelines(
-                    orjson.dumps({**fields, source.reading.text_field: text}, option=orjson.OPT_APPEND_NEWLINE)
-                    for text, fields in zip(batch.texts, batch.fields, strict=True)
-                )
+                spilled.writelines(batch.json_lines(source.reading.text_field))
             if run.end - run.start >= options.run_documents:
                 run = end_run()
         documents = end_run().end

@@ -155,11 +155,16 @@ class DocumentStream:
         }
 
 
+def most_first(counts: dict[str, int]) -> list[tuple[str, int]]:
+    """(name, count), the largest first, equal ones by name."""
+    return sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+
+
 def describe_steps(content: dict[str, Any]) -> list[str]:
     """A line for each step of a manifest's content: what it removed, most first."""
     lines = []
     for name, step in content.get("steps", {}).items():
-        removed = sorted(step.get("removed", {}).items(), key=lambda item: (-item[1], item[0]))
+        removed = most_first(step.get("removed", {}))
         reasons = ", ".join(f"{reason} {count:,}" for reason, count in removed if count)
         total = sum(count for _, count in removed)
         lines.append(f"  {name}: {total:,} documents removed{f' ({reasons})' if reasons else ''}")

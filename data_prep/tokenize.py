@@ -1,16 +1,17 @@
 """Documents to token shards: one shard a part of the input, each made by one worker process."""
 
 import argparse
+import itertools
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_prep.documents import DEFAULT_PART_MEGABYTES, Part, ReadOptions, Rejections, add_input_arguments, read_batches
+from data_prep.documents import DEFAULT_PART_MEGABYTES, Part, ReadOptions, add_input_arguments, read_texts
 from data_prep.errors import UserError
 from data_prep.manifest import FileRecord, Manifest, read_json
 from data_prep.parts import Execution, Report, Work, add_work_arguments, working
@@ -350,18 +351,12 @@ def _first_texts(source: Source, parts: list[Part]) -> list[str]:
     """The documents of about the first megabyte of the input, of the first parts that hold any."""
     texts: list[str] = []
     size = 0
-    for text in _texts(source, parts):
+    for text in itertools.chain.from_iterable(read_texts(part, source.reading) for part in parts):
         texts.append(text[: _CHECKED_BYTES - size])
         size += len(text)
         if size >= _CHECKED_BYTES:
             break
     return texts
-
-
-def _texts(source: Source, parts: list[Part]) -> Iterator[str]:
-    for part in parts:
-        for batch in read_batches(part, source.reading, Rejections(part)):
-            yield from batch.texts
 
 
 def _encoder_record(name: str, results: list[dict[str, Any]], checked: "Checked", left: str | None) -> dict[str, Any]:

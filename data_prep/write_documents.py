@@ -5,10 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-import orjson
-
 from data_prep import durable
-from data_prep.documents import REJECTED_NAME, Part, utf8_length
+from data_prep.documents import REJECTED_NAME, Part
 from data_prep.manifest import FileRecord, Manifest
 from data_prep.parts import Report, Work
 from data_prep.stream import DocumentStream, Source, merge
@@ -24,15 +22,12 @@ def write_part(source: Source, part: Part, number: int, path: str, report: Repor
     digest = hashlib.sha256()
     with durable.replacing(Path(path)) as output:
         for batch in stream:
-            lines = b"".join(
-                orjson.dumps({**fields, source.reading.text_field: text}, option=orjson.OPT_APPEND_NEWLINE)
-                for text, fields in zip(batch.texts, batch.fields, strict=True)
-            )
+            lines = b"".join(batch.json_lines(source.reading.text_field))
             output.write(lines)
             digest.update(lines)
             size += len(lines)
             documents += len(batch.texts)
-            text_bytes += sum(map(utf8_length, batch.texts))
+            text_bytes += sum(batch.sizes())
     if not documents:
         Path(path).unlink()
     return {

@@ -616,11 +616,8 @@ static void merge_specials(Splitting *splitting) {
     }
 }
 
-/* spaCy's algorithm for one chunk without white space: affixes off both ends, then the middle at its infixes. */
-static bool split_chunk(Rules *rules, const uint8_t *text, int64_t bytes, Words *words) {
-    if (!reserve(rules, (void **)&rules->points, &rules->point_capacity, 5 * (bytes + 2), sizeof(uint32_t)))
-        return false;
-    uint32_t *point = rules->points, *at = point + bytes + 1, *ends = at + bytes + 1, *suffixes = ends + bytes + 1;
+/* Code points of a text into point, and where each begins into at, the end too [bytes + 1]. Returns how many. */
+static int64_t decode(const uint8_t *text, int64_t bytes, uint32_t *point, uint32_t *at) {
     int64_t count = 0;
     for (int64_t byte = 0; byte < bytes; count++) {
         int length;
@@ -629,6 +626,15 @@ static bool split_chunk(Rules *rules, const uint8_t *text, int64_t bytes, Words 
         byte += length;
     }
     at[count] = (uint32_t)bytes;
+    return count;
+}
+
+/* spaCy's algorithm for one chunk without white space: affixes off both ends, then the middle at its infixes. */
+static bool split_chunk(Rules *rules, const uint8_t *text, int64_t bytes, Words *words) {
+    if (!reserve(rules, (void **)&rules->points, &rules->point_capacity, 5 * (bytes + 2), sizeof(uint32_t)))
+        return false;
+    uint32_t *point = rules->points, *at = point + bytes + 1, *ends = at + bytes + 1, *suffixes = ends + bytes + 1;
+    int64_t count = decode(text, bytes, point, at);
     Chunk chunk = {text, point, at};
     Splitting splitting = {rules, words, chunk, ends, 0};
     int64_t start = 0, end = count, suffix_count = 0;
@@ -1286,14 +1292,7 @@ const char *rules_parameters(void) {
 
 static bool has_affix(Rules *rules, const uint8_t *text, int64_t bytes) {
     uint32_t point[64], at[65];
-    int64_t count = 0;
-    for (int64_t byte = 0; byte < bytes; count++) {
-        int length;
-        at[count] = (uint32_t)byte;
-        point[count] = code_point(text + byte, &length);
-        byte += length;
-    }
-    at[count] = (uint32_t)bytes;
+    int64_t count = decode(text, bytes, point, at);
     Chunk chunk = {text, point, at};
     bool found = prefix_of(rules, chunk, 0, count) || suffix_of(rules, chunk, 0, count);
     for (int64_t from = 0; from < count && !found; from++)

@@ -56,18 +56,18 @@ def data_prep(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 
 
 @pytest.fixture
-def start_data_prep() -> Iterator[Callable[..., "subprocess.Popen[str]"]]:
-    """Starts `python -m data_prep ARGUMENTS` as a process group of its own, which ends with the test."""
+def start_program() -> Iterator[Callable[..., "subprocess.Popen[str]"]]:
+    """Starts Python with ARGUMENTS as a process group of its own, which ends with the test."""
     started: list[subprocess.Popen[str]] = []
 
-    def start(*arguments: object) -> "subprocess.Popen[str]":
+    def start(*arguments: object, **options: object) -> "subprocess.Popen[str]":
         process = subprocess.Popen(
-            [sys.executable, "-m", "data_prep", *map(str, arguments)],
-            cwd=REPOSITORY,
+            [sys.executable, *map(str, arguments)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
+            **options,
         )
         started.append(process)
         return process
@@ -77,6 +77,12 @@ def start_data_prep() -> Iterator[Callable[..., "subprocess.Popen[str]"]]:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
+
+
+@pytest.fixture
+def start_data_prep(start_program) -> Callable[..., "subprocess.Popen[str]"]:
+    """Starts `python -m data_prep ARGUMENTS` as `start_program` does."""
+    return lambda *arguments: start_program("-m", "data_prep", *arguments, cwd=REPOSITORY)
 
 
 def _train_byte_level(folder: Path, texts: list[str], *, add_prefix_space: bool = False) -> Path:

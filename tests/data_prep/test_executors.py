@@ -47,29 +47,16 @@ def array(index, number, *flags):
 
 
 @pytest.fixture
-def start(corpus):
+def start(corpus, start_program):
     """Starts the job of two phases as a program of its own, in a process group of its own."""
-    started = []
 
     def start(output, *flags, slow=0.0, environment=None):
         environment = {**os.environ, "SLOW": str(slow), **(environment or {})}
         path = [environment.get("PYTHONPATH"), str(REPOSITORY), str(HERE)]
-        process = subprocess.Popen(
-            [sys.executable, str(HERE / "part_functions.py"), str(output), str(corpus), *map(str, flags)],
-            env={**environment, "PYTHONPATH": os.pathsep.join(filter(None, path))},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-        started.append(process)
-        return process
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, path))
+        return start_program(HERE / "part_functions.py", output, corpus, *flags, env=environment)
 
-    yield start
-    for process in started:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+    return start
 
 
 def outcome(process):
