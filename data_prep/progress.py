@@ -14,13 +14,14 @@ Report = Callable[[int, int], None]
 REPORT_SECONDS = 0.25
 
 
-def progress_bar(description: str, total_bytes: int | None, done_bytes: int = 0) -> "tqdm[Any]":
-    """A bar over bytes of input on stderr, with MB/s and ETA; quiet lines where stderr is not a terminal."""
+def progress_bar(description: str, total: int | None, done: int = 0, unit: str = "B") -> "tqdm[Any]":
+    """A bar over bytes of input (or another unit) on stderr, with rate and ETA; quiet lines where stderr is not a
+    terminal."""
     return tqdm(
         desc=description,
-        total=total_bytes,
-        initial=done_bytes,
-        unit="B",
+        total=total,
+        initial=done,
+        unit=unit,
         unit_scale=True,
         dynamic_ncols=True,
         mininterval=0.2 if sys.stderr.isatty() else 10.0,

@@ -1,15 +1,22 @@
 """Random numbers as pure functions of their coordinates: nothing to save, any one can be jumped to.
 
 `hash64` is the finalizer of SplitMix64 (Steele, Lea & Flood 2014, "Fast splittable pseudorandom number generators"),
-chained over the coordinates. `permute` is a keyed bijection: a balanced Feistel network (Luby & Rackoff 1988) over the
-next power of four, walked along its cycle until it falls into range (Black & Rogaway 2002, "Ciphers with arbitrary
-finite domains"). Both take arrays.
+chained over the coordinates. `permute` is a keyed bijection: a balanced Feistel network (Luby & Rackoff 1988) with
+additions modulo the root of the next square, walked along its cycle until it falls into range (Black & Rogaway 2002,
+"Ciphers with arbitrary finite domains", sections 3 and 4): a square is so near that hardly any value needs a second
+step. Both take arrays.
 """
 
+import ctypes
+import functools
+import itertools
+import math
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from data_prep import native
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
@@ -27,10 +34,40 @@ def _mix(value: UInt64) -> UInt64:
 
 def hash64(*coordinates: Any) -> UInt64:
     """64 random bits for each combination of the coordinates (non-negative integers or arrays that broadcast)."""
-    state = np.zeros(1, dtype=np.uint64)
+    numbers = list(itertools.takewhile(lambda coordinate: isinstance(coordinate, int), coordinates))
+    state = np.array([_chained(*numbers)], dtype=np.uint64)
     with np.errstate(over="ignore"):
-        for coordinate in coordinates:
+        for coordinate in coordinates[len(numbers) :]:
             state = _mix((state + _GOLDEN) ^ (np.asarray(coordinate).astype(np.uint64) * _GOLDEN))
+    return state
+
+
+@functools.lru_cache(maxsize=4096)
+def _chained(*numbers: int) -> int:
+    """The state after coordinates that are plain numbers: arithmetic as in `hash64`, without arrays."""
+    state, golden, low = 0, int(_GOLDEN), (1 << 64) - 1
+    for number in numbers:
+        state = ((state + golden) & low) ^ ((number * golden) & low)
+        for shift, factor in ((30, _MIX_1), (27, _MIX_2)):
+            state = ((state ^ (state >> shift)) * int(factor)) & low
+        state ^= state >> 31
+    return state
+
+
+def hash64_rows(keys: UInt64, count: int) -> UInt64:
+    """64 random bits for each of `count` positions under each key [keys, count].
+
+    Row r is what SplitMix64 gives first when seeded with keys[r], which should themselves be hashes: the keys k and
+    k + 0x9E3779B97F4A7C15 give the same row, moved by one.
+    """
+    state = keys[:, None] + np.arange(1, count + 1, dtype=np.uint64) * _GOLDEN
+    # `_mix` without its temporaries, which take longer than the arithmetic.
+    shifted = state >> np.uint64(30)
+    for factor, next_shift in ((_MIX_1, 27), (_MIX_2, 31)):
+        state ^= shifted
+        state *= factor
+        np.right_shift(state, np.uint64(next_shift), out=shifted)
+    state ^= shifted
     return state
 
 
@@ -44,23 +81,23 @@ def seed_of(*coordinates: int) -> int:
     return int(hash64(*coordinates)[0] >> np.uint64(1))
 
 
+@functools.lru_cache(maxsize=1024)
+def _round_keys(*key: int) -> UInt64:
+    return hash64(*key, np.arange(_ROUNDS))
+
+
 def permute(index: NDArray[Any], size: int, *key: int) -> NDArray[np.int64]:
     """Element `index` of a pseudo-random permutation of range(size), in constant time and memory.
 
-    index: integers in [0, size). key: the permutation's name, such as (seed, epoch).
+    index: integers in [0, size), size at most 2**62. key: the permutation's name, such as (seed, epoch).
     """
-    half_bits = np.uint64(max(1, -(-max(size - 1, 1).bit_length() // 2)))
-    mask = np.uint64((1 << int(half_bits)) - 1)
-    keys = [hash64(*key, round_number) for round_number in range(_ROUNDS)]
-
-    def encrypt(value: UInt64) -> UInt64:
-        left, right = value >> half_bits, value & mask
-        for round_key in keys:
-            left, right = right, left ^ (_mix(right + round_key) & mask)
-        return (left << half_bits) | right
-
-    with np.errstate(over="ignore"):
-        value = encrypt(np.atleast_1d(np.asarray(index)).astype(np.uint64))
-        while (outside := value >= np.uint64(size)).any():
-            value[outside] = encrypt(value[outside])
-    return value.astype(np.int64)
+    found = np.array(index, dtype=np.int64, ndmin=1)
+    side = math.isqrt(size - 1) + 1 if size > 1 else 1
+    native.load("samples").permute(
+        found.ctypes.data_as(ctypes.c_void_p),
+        ctypes.c_int64(found.size),
+        ctypes.c_uint64(size),
+        ctypes.c_uint64(side),
+        _round_keys(*key).ctypes.data_as(ctypes.c_void_p),
+    )
+    return found

@@ -8,7 +8,8 @@ by `tokenizers`.
 decode(encode(x)) == x holds for BPE and unigram for every text but two kinds: U+2581, sentencepiece's own mark for
 a space, comes back as a space, and lone surrogates are not text. WordPiece loses spaces, and case where lowercased.
 
-Every tokenizer carries the special tokens of both objectives, first in the vocabulary, and text never yields them.
+Every tokenizer carries the special tokens of both objectives, first in the vocabulary, and those of --special_tokens
+behind them; text never yields one.
 """
 
 import argparse
@@ -19,7 +20,7 @@ import random
 import re
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,8 @@ EXAMPLES = """\
       --type bpe --vocab_size 32000
   python -m data_prep train_tokenizer --input 'data/clean/*.jsonl' --output_dir data/bert_tokenizer \\
       --type wordpiece --vocab_size 30522 --no-lowercase
+  python -m data_prep train_tokenizer --input 'data/code/*.jsonl' --output_dir data/code_tokenizer \\
+      --type bpe --vocab_size 32000 --special_tokens '<|fim_prefix|>' '<|fim_middle|>' '<|fim_suffix|>'
 """
 
 TYPES = ("bpe", "unigram", "wordpiece")
@@ -58,6 +61,11 @@ SPECIAL_TOKENS = {
     "eos_token": "<|endoftext|>",
 }
 """Role in tokenizer_config.json -> token; the order is that of the ids, from 0."""
+
+# No piece is like that, so that text never yields such a token: sentencepiece's pieces keep to one script, BERT cuts at
+# punctuation, and each of its characters is a piece (`convert_sentencepiece` counts on it).
+_FURTHER_SPECIAL_TOKEN = re.compile(r"[<\[][!-~]*[A-Za-z][!-~]*[>\]]")
+_BYTE = re.compile("<0x[0-9A-F]{2}>")  # sentencepiece's pieces for single bytes
 
 _SPACE = "\u2581"  # sentencepiece's mark for a space
 _SKIPPED_BY_SENTENCEPIECE = "\u2585"  # its mark for unknown text: it drops a training sentence that holds one
@@ -93,6 +101,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=True,
         help="wordpiece: lowercase and strip accents, as bert-base-uncased (default: %(default)s)",
     )
+    parser.add_argument(
+        "--special_tokens",
+        nargs="+",
+        metavar="TOKEN",
+        default=[],
+        help="more special tokens, such as '<|fim_prefix|>', behind the six that every tokenizer has (default: none)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace another tokenizer in --output_dir")
 
 
@@ -108,12 +123,15 @@ def main(arguments: argparse.Namespace) -> None:
         raise UserError(f"--vocab_size {arguments.vocab_size}: expected a positive number")
     if not 0 < arguments.max_megabytes < float("inf"):
         raise UserError(f"--max_megabytes {arguments.max_megabytes}: expected a positive number")
+    _check_special_tokens(arguments.special_tokens)
     reading = replace(documents.ReadOptions.of(arguments), part_bytes=_PART_BYTES)
     input_parts = documents.list_parts(arguments.input, reading)
     names = ("type", "vocab_size", "input", "text_field", "max_megabytes", "seed")
     job = {"command": "train_tokenizer"} | {name: getattr(arguments, name) for name in names}
     if arguments.type == "wordpiece":
         job["lowercase"] = arguments.lowercase
+    if arguments.special_tokens:  # left out, a tokenizer that was made before there was the flag stays up to date
+        job["special_tokens"] = arguments.special_tokens
     job["input_bytes"] = sum(part.bytes for part in input_parts)
     if is_current(folder, job, documents.find_inputs(arguments.input)):
         print(f"{folder} is up to date")
@@ -129,9 +147,9 @@ def main(arguments: argparse.Namespace) -> None:
     )
     if arguments.type == "wordpiece":
         model = None
-        tokenizer = train_wordpiece(training, arguments.vocab_size, arguments.lowercase)
+        tokenizer = train_wordpiece(training, arguments.vocab_size, arguments.lowercase, arguments.special_tokens)
     else:
-        model = train_sentencepiece(training, arguments.type, arguments.vocab_size)
+        model = train_sentencepiece(training, arguments.type, arguments.vocab_size, arguments.special_tokens)
         tokenizer = convert_sentencepiece(model)
         check_conversion(model, tokenizer, held_out)
 
@@ -143,6 +161,20 @@ def main(arguments: argparse.Namespace) -> None:
         f" {size / max(tokens, 1):.2f} bytes a token on {size / 1e3:.0f} kB"
         f" {'held out' if len(training) < len(sample) else 'of them'}, {time.monotonic() - started:.1f} s"
     )
+
+
+def _check_special_tokens(tokens: list[str]) -> None:
+    """Raises UserError for a token that cannot be a further special one."""
+    for token in tokens:
+        if token in SPECIAL_TOKENS.values():
+            raise UserError(f"--special_tokens {token!r}: every tokenizer has it already; leave it out")
+        if tokens.count(token) > 1:
+            raise UserError(f"--special_tokens {token!r} is given twice; give it once")
+        if not _FURTHER_SPECIAL_TOKEN.fullmatch(token) or _BYTE.fullmatch(token):
+            raise UserError(
+                f"--special_tokens {token!r}: expected printable ASCII in angle or square brackets, with a letter and"
+                " without spaces, such as '<|fim_prefix|>' ('<0x41>' and its like are bytes)"
+            )
 
 
 def sample_texts(
@@ -218,9 +250,10 @@ def alphabet_of(texts: list[str]) -> set[str]:
     return alphabet
 
 
-def train_sentencepiece(texts: list[str], model_type: str, vocab_size: int) -> bytes:
+def train_sentencepiece(texts: list[str], model_type: str, vocab_size: int, further: Sequence[str] = ()) -> bytes:
     """Trains a "bpe" or "unigram" and returns sentencepiece's serialized model.
 
+    further: special tokens behind those of `SPECIAL_TOKENS`.
     Raises UserError when the texts do not support exactly `vocab_size` pieces, naming the bound.
     """
     import sentencepiece
@@ -229,7 +262,7 @@ def train_sentencepiece(texts: list[str], model_type: str, vocab_size: int) -> b
     # sentencepiece's own coverage and required_chars take fewer or more characters, depending on whether there are
     # spaces (0.2.3), so we leave the rare ones out here and let it see every printable one.
     rare = {ord(c): " " for text in texts for c in set(text) - alphabet} | {ord(_SKIPPED_BY_SENTENCEPIECE): " "}
-    unknown, padding, *controls = SPECIAL_TOKENS.values()
+    unknown, padding, *controls = *SPECIAL_TOKENS.values(), *further
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -311,6 +344,7 @@ def convert_sentencepiece(model: bytes) -> Tokenizer:
     proto = _parsed(model)
     is_bpe = proto.trainer_spec.model_type == proto.trainer_spec.BPE
     normal = {piece.piece: piece.score for piece in proto.pieces if piece.type == piece.NORMAL}
+    special_tokens = [piece.piece for piece in proto.pieces if piece.type in (piece.UNKNOWN, piece.CONTROL)]
     if is_bpe:
         vocabulary = {piece.piece: i for i, piece in enumerate(proto.pieces)}
         tokenizer = Tokenizer(
@@ -331,13 +365,13 @@ def convert_sentencepiece(model: bytes) -> Tokenizer:
         # alternative, so what it costs does not matter.
         if missing := set(_PRINTABLE_ASCII) - normal.keys():
             raise ValueError(f"the unigram has no piece for {' '.join(sorted(missing))}")
-        longest = max(map(len, SPECIAL_TOKENS.values()))
+        longest = max(map(len, special_tokens))
         never = (longest + 1) * min(normal.values()) - 1.0
         pieces = [(piece.piece, normal.get(piece.piece, never)) for piece in proto.pieces]
         tokenizer = Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=True))
     tokenizer.normalizer = normalizers.Replace(" ", _SPACE)
     tokenizer.decoder = decoders.Sequence([decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
-    return _with_special_tokens(tokenizer)
+    return _with_special_tokens(tokenizer, special_tokens)
 
 
 def _merges(scores: dict[str, float]) -> list[tuple[str, str]]:
@@ -369,9 +403,10 @@ def check_conversion(model: bytes, tokenizer: Tokenizer, texts: list[str]) -> No
                 )
 
 
-def train_wordpiece(texts: list[str], vocab_size: int, lowercase: bool) -> Tokenizer:
+def train_wordpiece(texts: list[str], vocab_size: int, lowercase: bool, further: Sequence[str] = ()) -> Tokenizer:
     """Trains a WordPiece with BERT's normalizer and pre-tokenizer.
 
+    further: special tokens behind those of `SPECIAL_TOKENS`.
     Raises UserError when the texts do not support exactly `vocab_size` pieces, naming the bound.
     """
     normalizer = normalizers.BertNormalizer(lowercase=lowercase)
@@ -379,7 +414,8 @@ def train_wordpiece(texts: list[str], vocab_size: int, lowercase: bool) -> Token
     alphabet = sorted(character for character in set(normalized) if not character.isspace())
     # The trainer numbers what it meets in the order of a hash map, which changes from run to run and decides
     # between equal pairs. Told beforehand, in order, every single character has its number.
-    known = [*SPECIAL_TOKENS.values(), *alphabet, *(f"##{character}" for character in alphabet)]
+    special_tokens = [*SPECIAL_TOKENS.values(), *further]
+    known = [*special_tokens, *alphabet, *(f"##{character}" for character in alphabet)]
     if vocab_size < len(known):
         raise _unsupported("wordpiece", vocab_size, f"at least {len(known)}")
     trained = Tokenizer(models.WordPiece(unk_token=SPECIAL_TOKENS["unk_token"]))
@@ -402,22 +438,24 @@ def train_wordpiece(texts: list[str], vocab_size: int, lowercase: bool) -> Token
     tokenizer.normalizer = normalizer
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece(cleanup=False)
-    return _with_special_tokens(tokenizer)
+    return _with_special_tokens(tokenizer, special_tokens)
 
 
-def _with_special_tokens(tokenizer: Tokenizer) -> Tokenizer:
-    tokenizer.add_special_tokens(
-        [AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS.values()]
-    )
+def _with_special_tokens(tokenizer: Tokenizer, special_tokens: Sequence[str]) -> Tokenizer:
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special_tokens])
     tokenizer.encode_special_tokens = True
     return tokenizer
 
 
-def tokenizer_config() -> dict[str, Any]:
-    """The content of tokenizer_config.json: with it, transformers gives the ids of `encoding.Encoder`."""
+def tokenizer_config(further: Sequence[str] = ()) -> dict[str, Any]:
+    """The content of tokenizer_config.json: with it, transformers gives the ids of `encoding.Encoder`.
+
+    further: special tokens behind those of `SPECIAL_TOKENS`.
+    """
     return {
         **SPECIAL_TOKENS,
         "bos_token": SPECIAL_TOKENS["eos_token"],
+        **({"extra_special_tokens": list(further)} if further else {}),
         "clean_up_tokenization_spaces": False,
         "split_special_tokens": True,
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -449,9 +487,10 @@ def _write(
     folder: Path, tokenizer: Tokenizer, model: bytes | None, job: dict[str, Any], trained_on: dict[str, int]
 ) -> None:
     """Writes the folder; one that is replaced gives up its place only when the new one is whole."""
+    further = job.get("special_tokens", [])
     with durable.replacing_folder(folder, overwrite=True) as temporary:
         (temporary / encoding.TOKENIZER_FILE).write_text(tokenizer.to_str(), encoding="utf-8")
-        config = json.dumps(tokenizer_config(), indent=2) + "\n"
+        config = json.dumps(tokenizer_config(further), indent=2) + "\n"
         (temporary / encoding.CONFIG_FILE).write_text(config, encoding="utf-8")
         if model is not None:
             (temporary / MODEL_FILE).write_bytes(model)
@@ -464,7 +503,7 @@ def _write(
                 "fingerprint": info.fingerprint,
                 "vocab_size": info.vocab_size,
                 "type": job["type"],
-                "special_tokens": {token: i for i, token in enumerate(SPECIAL_TOKENS.values())},
+                "special_tokens": {token: i for i, token in enumerate([*SPECIAL_TOKENS.values(), *further])},
                 "trained_on": trained_on,
             },
         ).write(temporary)

@@ -7,7 +7,6 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +14,8 @@ import numpy as np
 from data_prep import durable, mix
 from data_prep.errors import UserError
 from data_prep.manifest import MANIFEST_NAME, FileRecord, Manifest, read_json, read_manifest
-from data_prep.pack import make_plan, plan_path
 from data_prep.parts import PARTS_FOLDER, available_cores, positive_integer
+from data_prep.plan import PLAN_NAME, plan_fault
 from data_prep.progress import progress_bar
 from data_prep.shards import KIND, ShardSet, is_foreign
 
@@ -136,29 +135,11 @@ def plan_faults(folder: Path) -> list[str]:
     if not paths:
         return []
     shards = ShardSet.open(folder)
-    return [fault for path in paths if (fault := _plan_fault(shards, path))]
-
-
-def _plan_fault(shards: ShardSet, path: Path) -> str | None:
-    remedy = "remove it and run `python -m data_prep pack` again"
-    try:
-        raw = json.loads(path.read_bytes())
-        settings = (raw["objective"], raw["sequence_length"], raw["validation_fraction"])
-        if raw["shards_fingerprint"] != shards.fingerprint:
-            return f"{path}: names other shards than those beside it; {remedy}"
-        if plan_path(shards.folder, *settings) != path or durable.json_bytes(asdict(make_plan(shards, *settings))) != (
-            path.read_bytes()
-        ):
-            return f"{path}: is not the plan of these shards; {remedy}"
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        return f"{path}: damaged ({' '.join(str(error).split())}); {remedy}"
-    except UserError:
-        return f"{path}: its settings give no plan of these shards; {remedy}"
-    return None
+    return [fault for path in paths if (fault := plan_fault(shards, path))]
 
 
 def _plans(folder: Path) -> list[Path]:
-    return sorted((folder / _PLANS_FOLDER).glob("*.json"))
+    return sorted(path.parent for path in (folder / _PLANS_FOLDER).glob(f"*/{PLAN_NAME}"))
 
 
 def uncovered(folder: Path, manifest: Manifest | None) -> list[Path]:
@@ -168,7 +149,8 @@ def uncovered(folder: Path, manifest: Manifest | None) -> list[Path]:
     else:
         checked = {folder / MANIFEST_NAME, *(folder / name for name in manifest.files)}
     if manifest is None or manifest.kind == KIND:
-        checked |= set(_plans(folder))
+        checked |= {path for plan in _plans(folder) for path in plan.iterdir()}
+        checked |= set((folder / _PLANS_FOLDER).glob("*.svg"))  # drawn by `pack`, read by people
     found = (Path(root) / name for root, _, names in os.walk(folder) for name in names)
     return sorted(path for path in found if path not in checked and PARTS_FOLDER not in path.relative_to(folder).parts)
 

@@ -1,5 +1,6 @@
 """The batch triangle: global batch = micro-batch x gradient accumulation x world, worked out here and only here."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,11 @@ class BatchPlan:
             f" x accumulation {self.gradient_accumulation_steps} x {self.world_size} ranks"
         )
 
+    def of_size(self, global_batch_size: int) -> "BatchPlan":
+        """The triangle of another step of a ramp: the same micro-batch, more or less accumulation."""
+        accumulation = global_batch_size // (self.micro_batch_size * self.world_size)
+        return BatchPlan(global_batch_size, self.micro_batch_size, accumulation, self.world_size)
+
 
 def _divisors(number: int) -> list[int]:
     return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
@@ -41,23 +47,33 @@ def plan_batches(
     world_size: int,
     sequence_length: int,
     device: str,
+    later_sizes: tuple[int, ...] = (),
 ) -> BatchPlan:
     """Works the triangle out from the recipe's global batch and the ds_config's micro-batch.
+
+    later_sizes: global batches that a ramp comes to; the micro-batch fits them all.
 
     A micro-batch of "auto" (or none) becomes the largest that divides a rank's share of the global batch and has
     at most AUTO_TOKENS tokens. device: "cpu", "cuda", ...
 
     Raises UserError when the numbers do not divide or the ds_config states an accumulation that does not follow.
     """
-    if global_batch_size % world_size:
-        fitting = max(divisor for divisor in _divisors(global_batch_size) if divisor <= world_size)
-        raise UserError(
-            f"training.global_batch_size is {global_batch_size}, not a multiple of the {world_size} ranks; start"
-            f" {fitting} ranks, or take {-(-global_batch_size // world_size) * world_size} samples"
-        )
-    share = global_batch_size // world_size
+    for size in (global_batch_size, *later_sizes):
+        if size % world_size:
+            fitting = max(divisor for divisor in _divisors(size) if divisor <= world_size)
+            raise UserError(
+                f"training.global_batch_size is {size}, not a multiple of the {world_size} ranks; start"
+                f" {fitting} ranks, or take {-(-size // world_size) * world_size} samples"
+            )
+    # What each rank has of every global batch of a ramp, as far as it is common to all.
+    share = math.gcd(*(size // world_size for size in (global_batch_size, *later_sizes)))
     micro = ds_config.get("train_micro_batch_size_per_gpu", "auto")
     stated = ds_config.get("gradient_accumulation_steps")
+    if stated is not None and later_sizes:
+        raise UserError(
+            f"{source}: gradient_accumulation_steps is {stated}, but training.global_batch_size is a ramp, whose"
+            " accumulation follows it; leave the key out"
+        )
     if stated is not None and not _is_count(stated):
         raise UserError(
             f"{source}: gradient_accumulation_steps is {stated!r}, expected a positive number; leave the key out to"
@@ -81,7 +97,7 @@ def plan_batches(
             f"{source}: train_micro_batch_size_per_gpu is {micro}, which does not divide the {share} samples that each"
             f" of {world_size} ranks has of training.global_batch_size {global_batch_size}; {nearest} would"
         )
-    accumulation = share // micro
+    accumulation = global_batch_size // world_size // micro
     if stated is not None and stated != accumulation:
         raise UserError(
             f"{source}: gradient_accumulation_steps is {stated}, but training.global_batch_size {global_batch_size}"

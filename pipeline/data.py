@@ -1,23 +1,20 @@
-"""The data of a run: tokenizer, shards and plan checked against one another, and batches made ahead of the step."""
+"""The data of a run: tokenizer, corpora and plans checked against one another."""
 
-import queue
-import threading
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-
 from data_prep.encoding import TokenizerInfo, load_tokenizer_info
-from data_prep.errors import UserError
-from data_prep.pack import Plan, make_plan, read_plan, write_plan
+from data_prep.errors import UserError, nearest
+from data_prep.mix import is_mixture, read_mixture
+from data_prep.plan import prepare_plan, read_plan
 from data_prep.shards import ShardSet, has_shards, survey
-from pipeline.batch import BatchPlan
+from pipeline.causal import find_sentinels
+from pipeline.order import Order, shares_of
 from pipeline.recipe import DataSection, Recipe
-from pipeline.samples import Batch, Samples
-
-_BATCHES_AHEAD = 2
+from pipeline.rows import Corpus
+from pipeline.samples import Samples, Style
+from pipeline.words import special_ids, word_starts
 
 
 @dataclass(frozen=True)
@@ -28,8 +25,7 @@ class Data:
     """
 
     tokenizer: TokenizerInfo
-    shards: ShardSet
-    plan: Plan
+    corpora: tuple[Corpus, ...]
     train: Samples
     validation: Samples
     notes: tuple[str, ...] = ()
@@ -37,7 +33,7 @@ class Data:
 
 def is_missing(section: DataSection) -> bool:
     """True when the shards are not there (or not finished) but the recipe says how to make them."""
-    return section.prepare is not None and not has_shards(Path(section.shards))
+    return section.prepare is not None and not all(has_shards(Path(folder)) for folder in section.folders.values())
 
 
 def prepare(section: DataSection) -> None:
@@ -57,52 +53,104 @@ def wait_for_shards(section: DataSection) -> None:
         time.sleep(0.2)
 
 
-def open_shards(section: DataSection) -> ShardSet:
-    """The recipe's shards; raises UserError saying how to make them when they are missing."""
-    folder = Path(section.shards)
-    if not has_shards(folder):
-        raise UserError(
-            f"data.shards: {folder} holds no finished shards; make them with `python -m data_prep tokenize --input ..."
-            f" --tokenizer {section.tokenizer} --output_dir {folder}`"
-        )
-    return ShardSet.open(folder)
+def open_shards(section: DataSection) -> tuple[dict[str, ShardSet], dict[str, float] | None]:
+    """The recipe's shard sets by corpus, and a mixture's own weights.
+
+    Raises UserError saying how to make them when they are missing.
+    """
+    found: dict[str, ShardSet] = {}
+    for name, folder in ((name, Path(folder)) for name, folder in section.folders.items()):
+        if not has_shards(folder):
+            raise UserError(
+                f"data.shards: {folder} holds no finished shards; make them with `python -m data_prep tokenize --input"
+                f" ... --tokenizer {section.tokenizer} --output_dir {folder}`"
+            )
+        if is_mixture(folder):
+            if isinstance(section.shards, dict):
+                raise UserError(f"data.shards: {name}: {folder} is a mixture; name the shard sets in it one by one")
+            mixture = read_mixture(folder)
+            weights = {component.name: component.weight for component in mixture.components}
+            return {component.name: mixture.open(component) for component in mixture.components}, weights
+        found[name] = ShardSet.open(folder)
+    return found, None
+
+
+def resolve_weights(recipe: Recipe) -> Recipe:
+    """The recipe with the weights of its corpora stated, where there are several: a mixture's own, or as their tokens,
+    so that every document is seen equally often."""
+    sets, own_weights = open_shards(recipe.data)
+    if recipe.data.weights is not None or len(sets) == 1:
+        return recipe
+    weights = own_weights or {name: float(sum(shards.tokens)) for name, shards in sets.items()}
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"weights": {0: weights}})})
 
 
 def plan_samples(recipe: Recipe) -> None:
-    """Writes the plan of the recipe's samples beside the shards unless it is there, whole and of these shards."""
-    section = recipe.data
-    shards = open_shards(section)
-    settings = (recipe.objective, section.sequence_length, section.validation_fraction)
-    plan = make_plan(shards, *settings)
-    if read_plan(shards, *settings) != plan:
-        write_plan(shards.folder, plan)
+    """Writes the plans of the recipe's samples beside the shards unless they are there."""
+    for shards in open_shards(recipe.data)[0].values():
+        prepare_plan(shards, recipe.pack_settings)
 
 
 def open_data(recipe: Recipe) -> Data:
-    """Opens tokenizer, shards and plan.
+    """Opens tokenizer, shards and plans. Corpora without stated weights (`resolve_weights`) count alike.
 
-    Raises UserError when one is missing, or when the shards were made with another tokenizer.
+    Raises UserError when one is missing, or when shards were made with another tokenizer.
     """
     section = recipe.data
-    shards = open_shards(section)
+    sets, _ = open_shards(section)
     tokenizer = load_tokenizer_info(Path(section.tokenizer))
-    notes: tuple[str, ...] = ()
-    if shards.tokenizer_fingerprint is None:
-        shards, notes = adopt(shards, tokenizer)
-    elif tokenizer.fingerprint != shards.tokenizer_fingerprint:
-        raise UserError(
-            f"data.tokenizer {section.tokenizer} has fingerprint {tokenizer.fingerprint[:12]}, but the shards in"
-            f" {shards.folder} were made with {shards.tokenizer_fingerprint[:12]}; name the tokenizer that made them,"
-            " or tokenize again"
-        )
-    plan = read_plan(shards, recipe.objective, section.sequence_length, section.validation_fraction)
-    if plan is None:
-        raise UserError(f"{shards.folder} has no plan for these samples; run `python -m data_prep pack` (see --help)")
-    train, validation = (
-        Samples(shards, plan, split, seed=recipe.seed, special=tokenizer.special, masking=recipe.masking)
-        for split in ("train", "validation")
+    notes: list[str] = []
+    corpora = []
+    for name, shards in sets.items():
+        if shards.tokenizer_fingerprint is None:
+            shards, found = adopt(shards, tokenizer)
+            notes += found
+        elif tokenizer.fingerprint != shards.tokenizer_fingerprint:
+            raise UserError(
+                f"data.tokenizer {section.tokenizer} has fingerprint {tokenizer.fingerprint[:12]}, but the shards in"
+                f" {shards.folder} were made with {shards.tokenizer_fingerprint[:12]}; name the tokenizer that made"
+                " them, or tokenize again"
+            )
+        plan = read_plan(shards, recipe.pack_settings)
+        if plan is None:
+            raise UserError(
+                f"{shards.folder} has no plan for these samples; run `python -m data_prep pack` (see --help)"
+            )
+        corpora.append(Corpus(name, shards, plan))
+    return Data(tokenizer, tuple(corpora), *_samples(recipe, tuple(corpora), tokenizer), tuple(notes))
+
+
+def _samples(recipe: Recipe, corpora: tuple[Corpus, ...], tokenizer: TokenizerInfo) -> tuple[Samples, Samples]:
+    """The training and held-out samples."""
+    names = [corpus.name for corpus in corpora]
+    stages = recipe.data.weight_stages or {0: dict.fromkeys(names, 1.0)}
+    for weights in stages.values():
+        for name in weights:
+            if name not in names:
+                raise UserError(f"data.weights names {name!r}; {nearest(name, names)}")
+    folder = Path(recipe.data.tokenizer)
+    causal, masking = recipe.causal, recipe.masking
+    style = Style(
+        special=tokenizer.special,
+        vocab_size=tokenizer.vocab_size,
+        document_attention=recipe.data.document_attention,
+        masking=masking,
+        causal=causal,
+        curriculum=recipe.curriculum,
+        word_starts=word_starts(folder) if masking.unit != "token" else None,
+        further_special=tuple(special_ids(folder).tolist()),
+        sentinels=find_sentinels(folder, prefix=causal.fim_prefix, middle=causal.fim_middle, suffix=causal.fim_suffix)
+        if causal.fim_rate
+        else None,
     )
-    return Data(tokenizer, shards, plan, train, validation, notes)
+    keys = [corpus.key for corpus in corpora]
+    first_numbers = {step: recipe.training.batch_sizes.first_sample(step) for step in stages}
+    training = [(first_numbers[step], shares_of(weights, names)) for step, weights in sorted(stages.items())]
+    sizes = [[corpus.plan.split(split).samples for corpus in corpora] for split in ("train", "validation")]
+    return (
+        Samples(corpora, Order(sizes[0], keys, training, recipe.seed), "train", style, recipe.seed),
+        Samples(corpora, Order(sizes[1], keys, [], recipe.seed), "validation", style, recipe.seed),
+    )
 
 
 def adopt(shards: ShardSet, tokenizer: TokenizerInfo) -> tuple[ShardSet, tuple[str, ...]]:
@@ -140,61 +188,3 @@ def adopt(shards: ShardSet, tokenizer: TokenizerInfo) -> tuple[ShardSet, tuple[s
         end_of_document=end,
     )
     return adopted, tuple(notes)
-
-
-def step_batches(samples: Samples, step: int, batches: BatchPlan, rank: int) -> list[Batch]:
-    """One rank's micro-batches of one step: micro-batch m of rank r is the (m x world + r)-th run of the step's
-    samples."""
-    numbers = step * batches.global_batch_size + np.arange(batches.global_batch_size, dtype=np.int64)
-    runs = numbers.reshape(-1, batches.world_size, batches.micro_batch_size)
-    return [samples.batch(run) for run in runs[:, rank]]
-
-
-def validation_batches(samples: Samples, count: int, batches: BatchPlan, rank: int) -> Iterator[Batch]:
-    """One rank's share of the first `count` held-out samples (all of them if there are fewer); every rank gets equally
-    many batches, filled up with rows that have no targets."""
-    count, micro = min(count, samples.size), batches.micro_batch_size
-    for start in range(0, count, micro * batches.world_size):
-        numbers = start + rank * micro + np.arange(micro)
-        yield samples.batch(np.where(numbers < count, numbers, -1))
-
-
-class Ahead:
-    """Makes the batches of coming steps in a thread, so that the step does not wait for them.
-
-    make: the batches of a step, called for first_step, first_step + 1, ... below end_step.
-    """
-
-    def __init__(self, make: Callable[[int], list[Batch]], first_step: int, end_step: int) -> None:
-        self._ready: queue.Queue[list[Batch] | BaseException] = queue.Queue(_BATCHES_AHEAD)
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._fill, args=(make, first_step, end_step), daemon=True)
-        self._thread.start()
-
-    def _fill(self, make: Callable[[int], list[Batch]], first_step: int, end_step: int) -> None:
-        item: list[Batch] | BaseException
-        for step in range(first_step, end_step):
-            try:
-                item = make(step)
-            except BaseException as error:  # handed to the training thread, which raises it
-                item = error
-            while not self._stop.is_set():
-                try:
-                    self._ready.put(item, timeout=0.1)
-                    break
-                except queue.Full:
-                    continue
-            if self._stop.is_set() or isinstance(item, BaseException):
-                return
-
-    def next(self) -> tuple[list[Batch], float]:
-        """The batches of the next step, and the seconds that it waited for them."""
-        started = time.perf_counter()
-        item = self._ready.get()
-        if isinstance(item, BaseException):
-            raise item
-        return item, time.perf_counter() - started
-
-    def close(self) -> None:
-        self._stop.set()
-        self._thread.join()

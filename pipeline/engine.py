@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from data_prep.randomness import seed_of
+from pipeline.attention import check_isolation
 from pipeline.ds_config import offload_device, precision, zero_stage
-from pipeline.objective import loss_sum
+from pipeline.loader import DeviceBatch, to_device
+from pipeline.objective import losses
 from pipeline.recipe import OptimizerSection
 from pipeline.samples import Batch
 from pipeline.startup import World
@@ -15,6 +17,7 @@ from pipeline.startup import World
 if TYPE_CHECKING:
     import torch
 
+_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 _DROPOUT = 5  # first coordinate of the dropout seeds; see pipeline.samples for the others
 
 
@@ -47,20 +50,44 @@ def make_optimizer(
 
 
 @dataclass(frozen=True)
-class StepResult:
-    """loss: nats a target token of the global batch, before the update. grad_norm: before clipping; None where the
-    ds_config turns it off, or where it overflowed and fp16 skips the step. tokens: targets of the global batch."""
+class Losses:
+    """Means over a global batch or an evaluation, in nats.
 
-    loss: float
-    grad_norm: float | None
+    tokens: targets. loss: a target token. of_corpora: the same of each corpus, None where it had none. pair_loss: a
+    pair, where the objective has pairs.
+    """
+
     tokens: int
+    loss: float
+    of_corpora: tuple[float | None, ...]
+    pair_loss: float | None
+
+    @staticmethod
+    def of(sums: "torch.Tensor") -> "Losses":
+        """sums: of the losses and of their number, of pairs first, then of each corpus's tokens [2, 1 + corpora]."""
+        (pair_sum, *losses), (pairs, *counts) = sums.tolist()
+        return Losses(
+            tokens=int(sum(counts)),
+            loss=sum(losses) / max(1, sum(counts)),
+            of_corpora=tuple(loss / count if count else None for loss, count in zip(losses, counts, strict=True)),
+            pair_loss=pair_sum / pairs if pairs else None,
+        )
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """losses: of the global batch, before the update. grad_norm: before clipping; None where the ds_config turns it
+    off, or where it overflowed and fp16 skips the step."""
+
+    losses: Losses
+    grad_norm: float | None
 
 
 class Engine:
     """A DeepSpeed engine that takes whole optimizer steps.
 
     ds_config: complete (pipeline.ds_config.complete_ds_config). seed: of dropout, which is a pure function of (seed,
-    step, micro-batch, rank).
+    step, micro-batch, rank). corpora: how many the batches come from. dtype: of the weights that the forward pass uses.
     """
 
     def __init__(
@@ -70,11 +97,15 @@ class Engine:
         ds_config: dict[str, Any],
         world: World,
         seed: int,
+        corpora: int = 1,
     ) -> None:
         import deepspeed
+        import torch
 
         self.world = world
         self._seed = seed
+        self._corpora = corpora
+        self.dtype = getattr(torch, _DTYPES[precision(ds_config)])
         optimizer = make_optimizer(model, recipe, ds_config)
         self.deepspeed, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=ds_config, dist_init_required=False
@@ -86,37 +117,59 @@ class Engine:
         # In plain data parallelism in fp32 DeepSpeed clips without keeping the norm.
         self._measures_norm = unsharded and in_fp32
 
-    def _loss_sum(self, batch: Batch) -> "torch.Tensor":
+    def check_isolation(self) -> None:
+        """Raises UserError when documents of a sample see each other on this device; called on every rank."""
+        check_isolation(self.deepspeed, self.world.device, self.dtype)
+
+    def _losses(self, batch: DeviceBatch) -> tuple["torch.Tensor", "torch.Tensor | None", "torch.Tensor"]:
+        """The summed loss of the target tokens, of the pairs, and both by corpus as `Losses.of` takes them."""
         import torch
 
-        arrays = [batch.input_ids, batch.labels]
-        if len(batch.targets) < batch.labels.size:
-            arrays.append(batch.targets)
-        tensors = (torch.from_numpy(array).to(self.world.device, non_blocking=True) for array in arrays)
-        return loss_sum(self.deepspeed, *tensors)
+        of_tokens, of_pairs = losses(self.deepspeed, batch, self.dtype)
+        sums = torch.zeros(2, 1 + self._corpora, dtype=torch.float64, device=self.world.device)
+        found = of_tokens.detach().double()
+        if self._corpora == 1:
+            sums[0, 1], sums[1, 1] = found.sum(), found.numel()
+        else:
+            sequence = batch.input_ids.shape[1]
+            row = torch.arange(found.numel(), device=found.device) if batch.targets is None else batch.targets
+            corpus = 1 + batch.corpus[row // sequence]
+            sums[0].index_add_(0, corpus, found)
+            sums[1].index_add_(0, corpus, torch.ones_like(found))
+        if of_pairs is None:
+            return of_tokens.sum(), None, sums
+        assert batch.pair_labels is not None
+        sums[0, 0], sums[1, 0] = of_pairs.detach().double().sum(), (batch.pair_labels >= 0).sum()
+        return of_tokens.sum(), of_pairs.sum(), sums
 
-    def train_step(self, step: int, batches: Sequence[Batch], learning_rate: float) -> StepResult:
+    def train_step(self, step: int, batches: Sequence[DeviceBatch], learning_rate: float) -> StepResult:
         """One optimizer step over this rank's micro-batches of step `step`.
 
-        The loss is the sum over the target tokens of all ranks and micro-batches divided by their number, and the
-        gradients are those of that loss: each micro-batch's sum is divided by the global count, and what DeepSpeed
-        divides by once more when it averages over ranks is multiplied back.
+        The loss is the sum over the target tokens of all ranks and micro-batches divided by their number (and the mean
+        over the pairs, where there are any), and the gradients are those of that loss: each micro-batch's sum is
+        divided by the global count, and what DeepSpeed divides by once more when it averages over ranks is multiplied
+        back.
         """
         import torch
         from torch import distributed
 
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate
-        targets = torch.tensor(sum(len(batch.targets) for batch in batches), device=self.world.device)
-        distributed.all_reduce(targets)
-        tokens = int(targets.item())
-        scale = self.world.size / max(tokens, 1)
-        total = torch.zeros((), device=self.world.device)
+        pairs = sum(0 if batch.pair_labels is None else len(batch.pair_labels) for batch in batches)
+        counts = torch.tensor([sum(batch.target_count for batch in batches), pairs], device=self.world.device)
+        distributed.all_reduce(counts)
+        token_scale, pair_scale = (self.world.size / max(count, 1) for count in counts.tolist())
+        total = torch.zeros(2, 1 + self._corpora, dtype=torch.float64, device=self.world.device)
         for index, batch in enumerate(batches):
             torch.manual_seed(seed_of(_DROPOUT, self._seed, step, index, self.world.rank))
-            loss = self._loss_sum(batch)
-            total += loss.detach()
-            self.deepspeed.backward(loss * scale, scale_wrt_gas=False)
+            of_tokens, of_pairs, sums = self._losses(batch)
+            total += sums
+            loss = of_tokens * token_scale
+            if of_pairs is not None:
+                loss = loss + of_pairs * pair_scale
+            # DeepSpeed counts micro-batches by a number that a batch-size ramp changes.
+            self.deepspeed.set_gradient_accumulation_boundary(index == len(batches) - 1)
+            self.deepspeed.backward(loss, scale_wrt_gas=False)
             if index < len(batches) - 1:
                 self.deepspeed.step()
         norm = self._norm_of_gradients() if self._measures_norm else None
@@ -125,24 +178,23 @@ class Engine:
         if norm is None:
             norm = self.deepspeed.get_global_grad_norm()
         finite = norm is not None and math.isfinite(norm)
-        return StepResult(float(total) / max(tokens, 1), float(norm) if finite else None, tokens)
+        return StepResult(Losses.of(total), float(norm) if finite else None)
 
     def _norm_of_gradients(self) -> "torch.Tensor":
         from torch.nn.utils import get_total_norm
 
         return get_total_norm([p.grad for p in self.deepspeed.module.parameters() if p.grad is not None])
 
-    def evaluate(self, batches: Iterable[Batch]) -> float:
-        """Loss in nats a target token over the batches of all ranks (each rank gives equally many)."""
+    def evaluate(self, batches: Iterable[Batch]) -> Losses:
+        """Losses over the batches of all ranks (each rank gives equally many)."""
         import torch
         from torch import distributed
 
-        sums = torch.zeros(2, dtype=torch.float64, device=self.world.device)
+        total = torch.zeros(2, 1 + self._corpora, dtype=torch.float64, device=self.world.device)
         self.deepspeed.eval()
         with torch.no_grad():
             for batch in batches:
-                sums[0] += self._loss_sum(batch).double()
-                sums[1] += len(batch.targets)
+                total += self._losses(to_device(batch, self.world.device))[2]
         self.deepspeed.train()
-        distributed.all_reduce(sums)
-        return float(sums[0] / sums[1])
+        distributed.all_reduce(total)
+        return Losses.of(total)

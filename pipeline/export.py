@@ -18,7 +18,8 @@ from data_prep.errors import UserError
 from pipeline import checkpoint
 from pipeline.metrics import read_validation
 from pipeline.model import auto_class
-from pipeline.provenance import TOKENIZER_FOLDER, read_run
+from pipeline.provenance import RUN_NAME, TOKENIZER_FOLDER, read_run
+from pipeline.recipe import check_recipe
 
 if TYPE_CHECKING:
     import torch
@@ -93,8 +94,9 @@ def export(checkpoint_dir: Path, output_dir: Path, dtype: str | None = None, *, 
     run_dir, folder = find_checkpoint(checkpoint_dir)
     run, info = read_run(run_dir), checkpoint.read_info(folder)
     checkpoint.verify(folder, info)
-    objective = run["recipe"]["objective"]
-    auto = auto_class(objective)
+    recipe = check_recipe(run["recipe"], str(run_dir / RUN_NAME))
+    objective = recipe.objective
+    auto = auto_class(objective, recipe.pack_settings.is_pairs)
     torch_dtype = getattr(torch, _DTYPES[dtype or info.precision])
     values = dict(run["model_config"])
     config = AutoConfig.for_model(values.pop("model_type"), **values)
@@ -154,6 +156,7 @@ def model_card(run: dict[str, Any], run_dir: Path, info: checkpoint.CheckpointIn
     """The folder's README.md: what the model is and how it was made."""
     losses = "\n".join(f"| {step} | {loss:.4f} |" for step, loss in read_validation(run_dir) if step <= info.step)
     recipe = run["recipe"]
+    corpora = ", ".join(f"{name} {fingerprint[:12]}" for name, fingerprint in run["corpora"].items())
     return f"""---
 library_name: transformers
 pipeline_tag: {"text-generation" if recipe["objective"] == "causal" else "fill-mask"}
@@ -161,7 +164,7 @@ pipeline_tag: {"text-generation" if recipe["objective"] == "causal" else "fill-m
 # {run["model_config"]["model_type"]}, {recipe["objective"]}, {info.step} steps
 
 Pretrained from scratch on {info.samples:,} samples of {recipe["data"]["sequence_length"]} tokens
-(shards {run["shards_fingerprint"][:12]}, tokenizer {run["tokenizer_fingerprint"][:12]}, commit {run["git_commit"]}).
+({corpora}, tokenizer {run["tokenizer_fingerprint"][:12]}, commit {run["git_commit"]}).
 
 | step | validation loss (nats a token) |
 |---|---|

@@ -58,7 +58,13 @@ class Metrics:
         for name, tag in _TAGS.items():
             if values.get(name) is not None:
                 self._board.add_scalar(tag, values[name], step)
-        self._bar.set_postfix_str(f"loss {values['loss']:.3f}, {values['tokens_per_second']:,.0f} tokens/s", False)
+        for corpus, found in values.get("corpora", {}).items():
+            for name, value in found.items():
+                if value is not None:
+                    self._board.add_scalar(f"{_CORPUS_TAGS[name]}/{corpus}", value, step)
+        rate = f"{values['tokens_per_second']:,.0f} tokens/s"
+        waited = f"data wait {values['data_wait_seconds'] / values['step_seconds']:.1%}"
+        self._bar.set_postfix_str(f"loss {values['loss']:.3f}, {rate}, {waited}", False)
         self._bar.update(step - self._bar.n)
         now = time.monotonic()
         if self._bar.disable and (now - self._last_line > _LINE_SECONDS or step == self._max_steps):
@@ -67,7 +73,7 @@ class Metrics:
             remaining = (now - self._started) / (step - self._first_step) * (self._max_steps - step)
             self._logger.info(
                 f"step {step:>6}/{self._max_steps}  loss {values['loss']:.4f}  lr {values['learning_rate']:.2e}"
-                f"{norm}  {values['tokens_per_second']:,.0f} tokens/s"
+                f"{norm}  {rate}  {waited}"
                 f"  {tqdm.format_interval(remaining)} left"
             )
 
@@ -77,13 +83,18 @@ class Metrics:
             self._bar.clear()
             self._logger.info(line)
 
-    def validation(self, step: int, loss: float) -> None:
-        """Records the validation loss (nats a token) after `step` steps."""
+    def validation(self, step: int, values: dict[str, Any]) -> None:
+        """Records an evaluation after `step` steps: `loss` (nats a token), and what else there is of it."""
         if not self._enabled:
             return
-        self._file.write(json.dumps({"step": step, "validation": {"loss": loss}}) + "\n")
-        self._board.add_scalar("loss/validation", loss, step)
-        self.say(f"step {step:>6}/{self._max_steps}  validation loss {loss:.4f}")
+        self._file.write(json.dumps({"step": step, "validation": values}) + "\n")
+        self._board.add_scalar("loss/validation", values["loss"], step)
+        if "pair_loss" in values:
+            self._board.add_scalar("loss/validation_pairs", values["pair_loss"], step)
+        for corpus, loss in values.get("corpora", {}).items():
+            if loss is not None:
+                self._board.add_scalar(f"loss/validation/{corpus}", loss, step)
+        self.say(f"step {step:>6}/{self._max_steps}  validation loss {values['loss']:.4f}")
 
     def close(self) -> None:
         if self._enabled:
@@ -94,6 +105,7 @@ class Metrics:
 
 _TAGS = {
     "loss": "loss/train",
+    "pair_loss": "loss/train_pairs",
     "learning_rate": "optimizer/learning_rate",
     "grad_norm": "optimizer/grad_norm",
     "tokens_per_second": "throughput/tokens_per_second",
@@ -101,6 +113,9 @@ _TAGS = {
     "data_wait_seconds": "throughput/data_wait_seconds",
     "mfu": "throughput/mfu",
 }
+
+
+_CORPUS_TAGS = {"loss": "loss/train", "epochs": "epochs"}
 
 
 def _step_of(line: bytes) -> float:

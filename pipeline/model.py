@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from data_prep.encoding import TokenizerInfo
 from data_prep.errors import UserError, nearest
+from pipeline.attention import check_supported, first_position, register
 from pipeline.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -77,10 +78,19 @@ def make_model_config(recipe: Recipe, tokenizer: TokenizerInfo) -> "PretrainedCo
         raise UserError(f"model.config: {error}") from None
     if type(config) not in auto_class(recipe.objective)._model_mapping:
         raise UserError(f"objective is {recipe.objective}, which transformers has no {model_type} model for")
+    if recipe.objective == "causal" and hasattr(config, "is_decoder"):
+        config.is_decoder = True  # an encoder's model would see what it is to predict
+    pairs = recipe.pack_settings.is_pairs
+    if pairs and not _has_pair_head(config):
+        raise UserError(f"data.packing is {recipe.data.packing}, which transformers has no {model_type} model for")
+    if recipe.has_boundaries:
+        check_supported(config)
     positions = next((getattr(config, name) for name in _POSITIONS if getattr(config, name, None)), None)
-    if positions is not None and recipe.data.sequence_length > positions:
+    first = first_position(config)
+    if positions is not None and recipe.data.sequence_length > positions - first:
+        kept = f", of which it keeps the first {first} for padding" if first else ""
         raise UserError(
-            f"data.sequence_length is {recipe.data.sequence_length}, but the model has {positions} positions"
+            f"data.sequence_length is {recipe.data.sequence_length}, but the model has {positions} positions{kept}"
             f" ({model_type}); shorten the samples or raise the model's positions"
         )
     if config.vocab_size < tokenizer.vocab_size:
@@ -91,25 +101,48 @@ def make_model_config(recipe: Recipe, tokenizer: TokenizerInfo) -> "PretrainedCo
     return config
 
 
-def auto_class(objective: str) -> Any:
-    """transformers' class that makes the model of an objective: AutoModelForCausalLM or AutoModelForMaskedLM."""
-    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+def _has_pair_head(config: "PretrainedConfig") -> bool:
+    """Whether transformers' model for pretraining has a head for sentence pairs beside masked LM's."""
+    from transformers import MODEL_FOR_MASKED_LM_MAPPING, MODEL_FOR_NEXT_SENTENCE_PREDICTION_MAPPING
 
+    of_albert = config.model_type == "albert"
+    return type(config) in MODEL_FOR_MASKED_LM_MAPPING and (
+        of_albert or type(config) in MODEL_FOR_NEXT_SENTENCE_PREDICTION_MAPPING
+    )
+
+
+def auto_class(objective: str, pairs: bool = False) -> Any:
+    """transformers' class that makes the model of an objective: AutoModelForCausalLM, AutoModelForMaskedLM, or
+    AutoModelForPreTraining for masked LM with pairs."""
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForPreTraining
+
+    if pairs:
+        return AutoModelForPreTraining
     return AutoModelForCausalLM if objective == "causal" else AutoModelForMaskedLM
 
 
 def build_model(
-    config: "PretrainedConfig", objective: str, seed: int, init_from: str | None = None
+    config: "PretrainedConfig",
+    objective: str,
+    seed: int,
+    init_from: str | None = None,
+    *,
+    pairs: bool = False,
+    has_boundaries: bool = True,
 ) -> "PreTrainedModel":
-    """The model in float32 with transformers' initialisation drawn from `seed`, or the weights of `init_from`."""
+    """The model in float32 with transformers' initialisation drawn from `seed`, or the weights of `init_from`.
+
+    pairs: with a head for sentence pairs. has_boundaries: able to keep the documents of a sample apart.
+    """
     import torch
 
-    heads = auto_class(objective)
+    heads = auto_class(objective, pairs)
+    attention = register() if has_boundaries else "sdpa"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if init_from is not None:
-            return heads.from_pretrained(init_from, config=config, dtype=torch.float32, attn_implementation="sdpa")
-        return heads.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+            return heads.from_pretrained(init_from, config=config, dtype=torch.float32, attn_implementation=attention)
+        return heads.from_config(config, dtype=torch.float32, attn_implementation=attention)
 
 
 @dataclass(frozen=True)

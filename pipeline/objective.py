@@ -1,27 +1,39 @@
-"""The loss of a batch: the sum over its target tokens, to be divided by the target tokens of the global batch."""
+"""The losses of a batch: one a target token, and one a pair where a second objective asks for it."""
 
 from typing import TYPE_CHECKING, Any
+
+from pipeline.attention import document_arguments
 
 if TYPE_CHECKING:
     import torch
 
+    from pipeline.loader import DeviceBatch
 
-def loss_sum(
-    model: Any, input_ids: "torch.Tensor", labels: "torch.Tensor", targets: "torch.Tensor | None" = None
-) -> "torch.Tensor":
-    """Sum of the cross-entropies (nats, float32, scalar) of labels [batch, sequence] given input_ids
-    [batch, sequence]. The same for both objectives: the labels are aligned with the logits.
 
-    targets: positions [targets] in the flattened batch whose labels count, in increasing order; None for all of them.
-    Masked LM has one in seven: the float32 copy and the softmax of the others' logits are spared.
+def losses(model: Any, batch: "DeviceBatch", dtype: "torch.dtype") -> tuple["torch.Tensor", "torch.Tensor | None"]:
+    """Cross-entropies in nats, float32: of each target token [targets], and of each pair's label [batch], 0 in rows
+    that do not count (None without pairs).
+
+    Targets are aligned with the logits for both objectives. Masked LM has one in seven: the float32 copy and the
+    softmax of the others' logits are spared. dtype: that attention is computed in.
     """
     from torch.nn import functional
 
-    # No cache of keys and values, and no attention mask: every position of a sample is a token.
     config = getattr(model, "module", model).config
-    arguments = {"use_cache": False} if getattr(config, "use_cache", False) else {}
-    logits = model(input_ids=input_ids, **arguments).logits.flatten(0, 1)
-    labels = labels.flatten()
-    if targets is not None:
-        logits, labels = logits.index_select(0, targets), labels.index_select(0, targets)
-    return functional.cross_entropy(logits.float(), labels, reduction="sum")
+    batch_size, sequence = batch.input_ids.shape
+    arguments = document_arguments(batch.boundaries, batch.longest, (batch_size, sequence), config, dtype)
+    if getattr(config, "use_cache", False):
+        arguments["use_cache"] = False
+    if batch.token_types is not None:
+        arguments["token_type_ids"] = batch.token_types
+    if batch.kept_positions is not None:
+        arguments["kept_positions"] = batch.kept_positions
+    output = model(input_ids=batch.input_ids, **arguments)
+    logits = (output.logits if batch.pair_labels is None else output.prediction_logits).flatten(0, 1)
+    if batch.targets is not None:
+        logits = logits.index_select(0, batch.targets)
+    of_tokens = functional.cross_entropy(logits.float(), batch.target_ids.flatten(), reduction="none")
+    if batch.pair_labels is None:
+        return of_tokens, None
+    pairs = output.seq_relationship_logits if "seq_relationship_logits" in output else output.sop_logits
+    return of_tokens, functional.cross_entropy(pairs.float(), batch.pair_labels, reduction="none")

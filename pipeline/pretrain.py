@@ -5,11 +5,9 @@ This file is the story of a run from top to bottom; what it calls is in the modu
 
 import math
 import os
-import signal
 import sys
 import time
 from pathlib import Path
-from types import FrameType
 
 # The launcher runs this file as a script, which puts its own folder on the path, where our `export.py` and others
 # would pass for top-level modules; the folder above is the one that belongs there.
@@ -18,12 +16,12 @@ if __name__ == "__main__":
 
 from data_prep.errors import UserError
 from pipeline.arguments import Arguments, parse_arguments
-from pipeline.startup import Timings, leave, set_environment
+from pipeline.startup import Interruption, Timings, leave, set_environment
 
 EXIT_INTERRUPTED = 130
 
 
-def run(arguments: Arguments, timings: Timings) -> None:
+def run(arguments: Arguments, timings: Timings, interruption: Interruption) -> None:
     """One run, or the rest of one. Imports stand where they are needed: `--help` and mistakes answer at once."""
     # What is asked for. Whatever can be wrong about it is found here, before anything is built.
     from pipeline.configuration import resolve
@@ -32,18 +30,11 @@ def run(arguments: Arguments, timings: Timings) -> None:
 
     from pipeline import checkpoint, ops, provenance
     from pipeline.batch import plan_batches
-    from pipeline.data import (
-        Ahead,
-        is_missing,
-        open_data,
-        plan_samples,
-        prepare,
-        step_batches,
-        validation_batches,
-        wait_for_shards,
-    )
+    from pipeline.data import is_missing, open_data, plan_samples, prepare, resolve_weights, wait_for_shards
     from pipeline.ds_config import complete_ds_config, describe, precision, zero_stage
+    from pipeline.loader import Ahead, step_batches, validation_batches
     from pipeline.metrics import Metrics
+    from pipeline.report import describe_data, step_values, validation_values
     from pipeline.startup import init_distributed, open_log
 
     world = init_distributed()
@@ -51,18 +42,22 @@ def run(arguments: Arguments, timings: Timings) -> None:
     logger = open_log(output_dir, world.rank)
     if precision(ds_config) == "fp16" and world.device.type == "cpu":
         raise UserError(f"{arguments.deepspeed_config}: fp16 needs a GPU; CPU ranks take a bf16 or fp32 ds_config")
+    resume_from = checkpoint.find(arguments.resume, output_dir)
+    first_step = 0
+    if resume_from is not None:
+        first_step = checkpoint.check_fits(resume_from, world, zero_stage(ds_config)).step
+        recipe = provenance.continue_recipe(output_dir, recipe, first_step)
+    sizes = recipe.training.batch_sizes
     batches = plan_batches(
         ds_config,
         source=str(arguments.deepspeed_config),
-        global_batch_size=recipe.training.global_batch_size,
+        global_batch_size=sizes.at(first_step),
+        later_sizes=tuple(size for start, size in sizes.stages.items() if start > first_step),
         world_size=world.size,
         sequence_length=recipe.data.sequence_length,
         device=world.device.type,
     )
     ds_config = complete_ds_config(ds_config, recipe, batches)
-    resume_from = checkpoint.find(arguments.resume, output_dir)
-    if resume_from is not None:
-        checkpoint.check_fits(resume_from, world, zero_stage(ds_config))
     timings.finished("imports")
 
     # The data, made first where the recipe says how; and C++ ops, built ahead once a host.
@@ -70,43 +65,63 @@ def run(arguments: Arguments, timings: Timings) -> None:
         logger.info(f"{recipe.data.shards} is missing: making it with {recipe.data.prepare}")
         prepare(recipe.data)
     wait_for_shards(recipe.data)
+    recipe = resolve_weights(recipe)
+    if resume_from is not None:
+        recipe = provenance.continue_weights(output_dir, recipe, first_step)
     with world.first_alone() as first:
         if first:
             plan_samples(recipe)
     data = open_data(recipe)
     if resume_from is not None:
-        provenance.check_unchanged(output_dir, recipe, data)
+        provenance.check_data(output_dir, data)
     ops.build_ops(ops.required_ops(ds_config, world.device.type), logger.info)
     timings.finished("data")
 
     # The model, and the engine that trains it.
+    from pipeline.attention import describe as describe_attention
     from pipeline.engine import Engine
     from pipeline.model import build_model, make_model_config, measure_model, peak_flops
     from pipeline.schedule import learning_rate
+    from pipeline.token_drop import TokenDrop, install
 
     model_config = make_model_config(recipe, data.tokenizer)
-    model = build_model(model_config, recipe.objective, recipe.seed, recipe.model.init_from)
+    model = build_model(
+        model_config,
+        recipe.objective,
+        recipe.seed,
+        recipe.model.init_from,
+        pairs=recipe.pack_settings.is_pairs,
+        has_boundaries=recipe.has_boundaries,
+    )
+    drop, curriculum = None, recipe.curriculum
+    if curriculum.token_drop_start is not None:
+        drop = TokenDrop(
+            install(model), curriculum.token_drop_start, curriculum.token_drop_steps, curriculum.token_drop_multiple
+        )
     size = measure_model(model, recipe.objective, recipe.data.sequence_length)
     timings.finished("model")
-    engine = Engine(model, recipe.optimizer, ds_config, world, recipe.seed)
-    first_step = 0
+    engine = Engine(model, recipe.optimizer, ds_config, world, recipe.seed, len(data.corpora))
     if resume_from is not None:
-        first_step = checkpoint.load(engine.deepspeed, resume_from, world, zero_stage=zero_stage(ds_config)).step
+        checkpoint.load(engine.deepspeed, resume_from, world, zero_stage=zero_stage(ds_config))
+    if recipe.has_boundaries:
+        engine.check_isolation()
     with world.first_alone() as first:
         if first:
             provenance.record_run(output_dir, recipe, ds_config, data, model_config.to_dict())
     timings.finished("engine")
 
     # What is about to run, in words.
-    max_steps, tokens_a_step = recipe.max_steps, batches.global_batch_size * recipe.data.sequence_length
-    epochs = max_steps * batches.global_batch_size / data.train.size
+    max_steps, sequence_length = recipe.max_steps, recipe.data.sequence_length
     logger.info(f"model     {model_config.model_type}, {size.parameters / 1e6:,.1f} M parameters, {recipe.objective}")
-    logger.info(f"data      {recipe.data.shards}, {data.train.size:,} samples of {recipe.data.sequence_length} tokens")
+    for line in describe_data(data, sizes.first_sample(max_steps)):
+        logger.info(f"data      {line}")
     for note in data.notes:
         logger.info(f"data      {note}")
-    logger.info(f"batch     {batches}, {tokens_a_step:,} tokens a step")
-    logger.info(f"engine    {describe(ds_config, recipe)} on {world.describe()}")
-    logger.info(f"run       {output_dir}, {max_steps:,} steps, {epochs:.2f} epochs")
+    ramp = "".join(f", {size} from step {start + 1}" for start, size in sorted(sizes.stages.items()) if start)
+    logger.info(f"batch     {batches}, {batches.global_batch_size * sequence_length:,} tokens a step{ramp}")
+    attention = f", {describe_attention(world.device, engine.dtype, model_config)}" if recipe.has_boundaries else ""
+    logger.info(f"engine    {describe(ds_config, recipe)} on {world.describe()}{attention}")
+    logger.info(f"run       {output_dir}, {max_steps:,} steps")
     if resume_from is not None:
         finished = "; the run is complete" if first_step >= max_steps else ""
         logger.info(f"resumed   from {resume_from}, after step {first_step}{finished}")
@@ -115,7 +130,7 @@ def run(arguments: Arguments, timings: Timings) -> None:
     def validate(step: int) -> None:
         if data.validation.size:
             held_out = validation_batches(data.validation, recipe.evaluation.samples, batches, world.rank)
-            metrics.validation(step, engine.evaluate(held_out))
+            metrics.validation(step, validation_values(engine.evaluate(held_out), data))
 
     def save(step: int) -> None:
         path = checkpoint.save(
@@ -123,7 +138,7 @@ def run(arguments: Arguments, timings: Timings) -> None:
             output_dir,
             world,
             step=step,
-            samples=step * batches.global_batch_size,
+            samples=sizes.first_sample(step),
             zero_stage=zero_stage(ds_config),
             precision=precision(ds_config),
             keep=recipe.checkpoint.keep_last,
@@ -134,7 +149,12 @@ def run(arguments: Arguments, timings: Timings) -> None:
         return step == max_steps or (every_steps > 0 and step % every_steps == 0)
 
     metrics = Metrics(output_dir, first_step=first_step, max_steps=max_steps, enabled=world.is_first, logger=logger)
-    ahead = Ahead(lambda step: step_batches(data.train, step, batches, world.rank), first_step, max_steps)
+    ahead = Ahead(
+        lambda step: step_batches(data.train, step, sizes, batches, world.rank, drop),
+        first_step,
+        max_steps,
+        world.device,
+    )
     peak = peak_flops(world.device_name)
     started = time.perf_counter()
     try:
@@ -142,6 +162,7 @@ def run(arguments: Arguments, timings: Timings) -> None:
             validate(0)
         timings.finished("evaluation")
         for step in range(first_step, max_steps):
+            interruption.check()
             began = time.perf_counter()
             micro_batches, waited = ahead.next()
             rate = learning_rate(recipe, step)
@@ -151,20 +172,22 @@ def run(arguments: Arguments, timings: Timings) -> None:
             if step == first_step:
                 timings.finished("first step")
                 metrics.say(f"start     {timings}")
-            if not math.isfinite(result.loss):
-                raise UserError(f"the loss is {result.loss} at step {done}; lower optimizer.lr or look at the samples")
+            loss, tokens = result.losses.loss, sizes.at(step) * sequence_length
+            if not math.isfinite(loss):
+                raise UserError(f"the loss is {loss} at step {done}; lower optimizer.lr or look at the samples")
             metrics.step(
                 {
                     "step": done,
-                    "loss": result.loss,
+                    "loss": loss,
                     "learning_rate": rate,
                     "grad_norm": result.grad_norm,
-                    "tokens": result.tokens,
-                    "samples": done * batches.global_batch_size,
+                    "tokens": result.losses.tokens,
+                    "samples": sizes.first_sample(done),
                     "step_seconds": seconds,
                     "data_wait_seconds": waited,
-                    "tokens_per_second": tokens_a_step / seconds,
-                    "mfu": tokens_a_step / seconds * size.flops_a_token / (peak * world.size) if peak else None,
+                    "tokens_per_second": tokens / seconds,
+                    "mfu": tokens / seconds * size.flops_a_token / (peak * world.size) if peak else None,
+                    **step_values(result.losses, data, sizes.first_sample(done)),
                 }
             )
             if due(recipe.evaluation.every_steps, done):
@@ -175,7 +198,9 @@ def run(arguments: Arguments, timings: Timings) -> None:
         ahead.close()
         metrics.close()
     if world.is_first:
-        provenance.log_summary(output_dir, data.shards, time.perf_counter() - started, logger)
+        provenance.log_summary(
+            output_dir, [corpus.shards for corpus in data.corpora], time.perf_counter() - started, logger
+        )
     world.close()
 
 
@@ -183,7 +208,7 @@ def main(argv: list[str]) -> int:
     set_environment()
     timings = Timings.since_process_start()
     try:
-        run(parse_arguments(argv), timings)
+        run(parse_arguments(argv), timings, Interruption())
     except UserError as error:
         # Every rank meets a mistake in the configuration; one line a machine says it.
         if os.environ["LOCAL_RANK"] == "0":
@@ -196,10 +221,5 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _terminate(signum: int, _: FrameType | None) -> None:
-    raise KeyboardInterrupt(signal.Signals(signum).name)
-
-
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, _terminate)  # the launcher's way to stop its ranks
     leave(main(sys.argv[1:]))

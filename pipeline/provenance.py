@@ -8,6 +8,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from data_prep.errors import UserError
 from data_prep.shards import ShardSet, unigram_entropy
 from pipeline.data import Data
 from pipeline.metrics import read_validation
-from pipeline.recipe import Recipe
+from pipeline.recipe import Recipe, check_recipe
+from pipeline.stages import continued
 
 RUN_NAME = "run.json"
 TOKENIZER_FOLDER = "tokenizer"
@@ -31,6 +33,8 @@ _FREE = (
     "data.prepare",
     "model.init_from",
 )
+# Fields that may change from the step on at which a run goes on: what came before stays as it was.
+_STAGED = ("training.global_batch_size", "data.weights", "data.shards")
 
 
 def git_commit() -> str | None:
@@ -50,24 +54,66 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     return {prefix.removesuffix("."): value}
 
 
-def check_unchanged(output_dir: Path, recipe: Recipe, data: Data) -> None:
-    """Raises UserError when a resumed run's recipe, shards or tokenizer are not those of its start, naming the fields
-    with both values."""
-    path = output_dir / RUN_NAME
-    if not path.exists():
-        return
-    try:
-        before = json.loads(path.read_bytes())
-        old, new = _flat(before["recipe"]), _flat(json.loads(recipe.model_dump_json()))
-        old["the shards' fingerprint"] = before["shards_fingerprint"]
-    except (ValueError, KeyError) as error:
-        raise UserError(f"{path} is damaged ({error!r}); restore it or start another --output_dir") from None
-    new["the shards' fingerprint"] = data.shards.fingerprint
+def continue_recipe(output_dir: Path, recipe: Recipe, step: int) -> Recipe:
+    """The recipe of a run that goes on after `step` steps: batch sizes are as they were up to there, and the recipe's
+    from there on.
+
+    Raises UserError when it is not the run's, naming the fields with both values.
+    """
+    before = _before(output_dir)
+    if before is None:
+        return recipe
+    old, new = _flat(before["recipe"]), _flat(json.loads(recipe.model_dump_json()))
     changed = [
         f"{name} was {old.get(name)!r}, now {new.get(name)!r}"
         for name in sorted({*old, *new})
-        if old.get(name) != new.get(name) and not name.startswith(_FREE)
+        if old.get(name) != new.get(name) and not name.startswith((*_FREE, *_STAGED))
     ]
+    _refuse(output_dir, changed)
+    earlier = check_recipe(before["recipe"], str(output_dir / RUN_NAME))
+    sizes = continued(earlier.training.batch_sizes.stages, recipe.training.batch_sizes.stages, step)
+    training = recipe.training.model_copy(update={"global_batch_size": sizes if len(sizes) > 1 else sizes[0]})
+    return recipe.model_copy(update={"training": training})
+
+
+def continue_weights(output_dir: Path, recipe: Recipe, step: int) -> Recipe:
+    """As `continue_recipe`, of the weights of the corpora, which are stated (pipeline.data.resolve_weights)."""
+    before = _before(output_dir)
+    if before is None or recipe.data.weight_stages is None:
+        return recipe
+    earlier = check_recipe(before["recipe"], str(output_dir / RUN_NAME)).data.weight_stages
+    was = earlier or {0: dict.fromkeys(before["corpora"], 1.0)}
+    weights = continued(was, recipe.data.weight_stages, step)
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"weights": weights})})
+
+
+def check_data(output_dir: Path, data: Data) -> None:
+    """Raises UserError when the corpora of a run that goes on are not those of its start; others may have joined."""
+    before = _before(output_dir)
+    if before is None:
+        return
+    now = {corpus.name: corpus.shards.fingerprint for corpus in data.corpora}
+    _refuse(
+        output_dir,
+        [
+            f"the shards' fingerprint of {name} was {fingerprint!r}, now {now.get(name)!r}"
+            for name, fingerprint in before["corpora"].items()
+            if now.get(name) != fingerprint
+        ],
+    )
+
+
+def _before(output_dir: Path) -> dict[str, Any] | None:
+    path = output_dir / RUN_NAME
+    if not path.exists():
+        return None
+    found = read_run(output_dir)
+    if not isinstance(found.get("recipe"), dict) or not isinstance(found.get("corpora"), dict):
+        raise UserError(f"{path} is damaged (no recipe or corpora); restore it or start another --output_dir")
+    return found
+
+
+def _refuse(output_dir: Path, changed: list[str]) -> None:
     if changed:
         raise UserError(
             f"{output_dir} cannot be resumed as another run: {'; '.join(changed)}; give another --output_dir or change"
@@ -90,9 +136,12 @@ def record_run(
             "recipe": json.loads(recipe.model_dump_json()),
             "deepspeed_config": ds_config,
             "model_config": model_config,
-            "shards_fingerprint": data.shards.fingerprint,
+            "corpora": {corpus.name: corpus.shards.fingerprint for corpus in data.corpora},
             "tokenizer_fingerprint": data.tokenizer.fingerprint,
-            "samples": {"train": data.train.size, "validation": data.validation.size},
+            "samples": {
+                split: dict(zip((corpus.name for corpus in data.corpora), samples.sizes, strict=True))
+                for split, samples in (("train", data.train), ("validation", data.validation))
+            },
             "versions": {"python": platform.python_version()}
             | {name: importlib.metadata.version(name) for name in _PACKAGES},
             "git_commit": git_commit(),
@@ -113,14 +162,15 @@ def read_run(output_dir: Path) -> dict[str, Any]:
         raise UserError(f"{path} is damaged ({error})") from None
 
 
-def log_summary(output_dir: Path, shards: ShardSet, seconds: float, logger: logging.Logger) -> None:
+def log_summary(output_dir: Path, shards: Sequence[ShardSet], seconds: float, logger: logging.Logger) -> None:
     """Validation loss before and after, beside what a model without context would reach, and what to do next."""
     evaluations = read_validation(output_dir)
     logger.info(f"done in {seconds:.0f} s; {output_dir}")
     if evaluations:
         (first, before), (last, after) = evaluations[0], evaluations[-1]
         logger.info(f"  validation loss     {before:.4f} (step {first}) -> {after:.4f} (step {last}) nats a token")
-        floor = unigram_entropy(shards)
-        logger.info(f"  unigram entropy     {floor:.4f} nats a token (reached without learning any context)")
+        if len(shards) == 1:
+            floor = unigram_entropy(shards[0])
+            logger.info(f"  unigram entropy     {floor:.4f} nats a token (reached without learning any context)")
         logger.info(f"  perplexity          {math.exp(before):,.0f} -> {math.exp(after):,.1f}")
     logger.info(f"  tensorboard --logdir {output_dir / 'tensorboard'}")

@@ -3,13 +3,17 @@
 Validation is pydantic's (DeepSpeed brings it along): types, ranges and unknown keys; the messages are ours.
 """
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from data_prep.errors import UserError, nearest
+from data_prep.packing import OF_SENTENCES, PACKINGS, PAIRS
+from data_prep.plan import DEFAULT_SHORT_SEQ_PROB, PackSettings
+from pipeline.stages import BatchSizes
 
 RECIPES = Path(__file__).parent / "recipes"
 DEFAULT_RECIPE = RECIPES / "demo-gpt.yaml"
@@ -17,6 +21,10 @@ DEFAULT_RECIPE = RECIPES / "demo-gpt.yaml"
 Positive = Annotated[int, Field(gt=0)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 DecayRate = Annotated[float, Field(ge=0, lt=1)]
+Step = Annotated[int, Field(ge=0)]
+Weights = dict[str, Annotated[float, Field(ge=0)]]
+CORPUS = "corpus"
+"""The name of a run's one corpus where the recipe names none."""
 
 
 class _Section(BaseModel):
@@ -24,9 +32,11 @@ class _Section(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _no_truth_value(cls, value: Any) -> Any:
-        if isinstance(value, bool):  # no field takes one, and pydantic would read it as 0 or 1
-            raise ValueError(f"found the truth value {str(value).lower()}, which no field takes")
+    def _no_truth_value(cls, value: Any, info: ValidationInfo) -> Any:
+        assert info.field_name is not None
+        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
+            # pydantic would read it as 0 or 1
+            raise ValueError(f"found the truth value {str(value).lower()}, which this field does not take")
         return value
 
 
@@ -39,15 +49,59 @@ class ModelSection(_Section):
 
 
 class DataSection(_Section):
-    shards: str = Field(description="folder of token shards")
+    shards: str | dict[str, str] = Field(
+        description="folder of token shards or of a mixture, or a mapping of corpora to such folders of shards"
+    )
+    weights: Weights | dict[Step, Weights] | None = Field(
+        None,
+        description="share of the samples drawn from each corpus: corpus to number, or step to such a mapping from that"
+        " step on (null: the mixture's own, else as their tokens)",
+    )
     tokenizer: str = Field(description="tokenizer folder that made the shards")
     sequence_length: Positive = Field(description="tokens of a sample")
+    packing: Literal["concatenate", "best_fit", "document", "full_sentences", "nsp", "sop"] = Field(
+        "concatenate",
+        description="how documents become samples (`python -m data_prep pack --help`); nsp and sop add that objective",
+    )
+    short_seq_prob: Probability | None = Field(
+        None, description=f"share of shorter samples (null: {DEFAULT_SHORT_SEQ_PROB} for nsp and sop, else 0)"
+    )
+    document_attention: bool = Field(
+        True, description="documents in one sample do not see each other, and positions restart in each"
+    )
     validation_fraction: float = Field(0.005, ge=0, lt=1, description="share of the documents that is held out")
     prepare: str | None = Field(None, description="data_prep job file to run first when the shards are missing")
 
+    @property
+    def folders(self) -> dict[str, str]:
+        """The folders that the recipe names, by corpus."""
+        return self.shards if isinstance(self.shards, dict) else {CORPUS: self.shards}
+
+    @property
+    def weight_stages(self) -> dict[int, Weights] | None:
+        """The weights from each step on, the first at 0."""
+        if self.weights is None or all(isinstance(key, int) for key in self.weights):
+            return self.weights  # type: ignore[return-value]
+        return {0: self.weights}  # type: ignore[dict-item]
+
+    @model_validator(mode="after")
+    def _weights_fit(self) -> "DataSection":
+        for step, weights in (self.weight_stages or {}).items():
+            if isinstance(self.shards, dict):
+                for name in weights:
+                    if name not in self.shards:
+                        raise ValueError(f"data.weights names {name!r}; {nearest(name, self.shards)}")
+            if not any(weights.values()):
+                raise ValueError(f"data.weights at step {step} has no corpus with a weight above 0")
+        if self.weights is not None and 0 not in (self.weight_stages or {}):
+            raise ValueError("data.weights has no stage for step 0, where the run begins")
+        return self
+
 
 class TrainingSection(_Section):
-    global_batch_size: Positive = Field(description="samples of one optimizer step, over all ranks")
+    global_batch_size: Positive | dict[Step, Positive] = Field(
+        description="samples of one optimizer step, over all ranks; a mapping ramps it: step to size from that step on"
+    )
     max_steps: Positive | None = Field(None, description="optimizer steps of the run")
     max_tokens: Positive | None = Field(None, description="tokens of the run, instead of max_steps")
 
@@ -55,7 +109,14 @@ class TrainingSection(_Section):
     def _one_length(self) -> "TrainingSection":
         if (self.max_steps is None) == (self.max_tokens is None):
             raise ValueError("give either max_steps or max_tokens")
+        if 0 not in self.batch_sizes.stages:
+            raise ValueError("training.global_batch_size has no size for step 0, where the run begins")
         return self
+
+    @property
+    def batch_sizes(self) -> BatchSizes:
+        size = self.global_batch_size
+        return BatchSizes(size if isinstance(size, dict) else {0: size})
 
 
 class OptimizerSection(_Section):
@@ -74,14 +135,68 @@ class ScheduleSection(_Section):
 
 
 class MaskingSection(_Section):
-    probability: Probability = Field(0.15, description="share of the tokens that are targets (BERT, section 3.1)")
-    mask: Probability = Field(0.8, description="share of the targets shown as the mask token")
-    random: Probability = Field(0.1, description="share of the targets shown as a random token; the rest stay")
+    """Each rate is a number, or a mapping of steps to numbers with straight lines between them."""
+
+    unit: Literal["token", "word", "span"] = Field(
+        "token", description="what is chosen: tokens (BERT), whole words, or spans of words (SpanBERT)"
+    )
+    probability: Probability | dict[Step, Probability] = Field(
+        0.15, description="share of the tokens that are targets (BERT, section 3.1); steps to shares for a schedule"
+    )
+    mask: Probability | dict[Step, Probability] = Field(
+        0.8, description="share of the targets shown as the mask token; may be a schedule"
+    )
+    random: Probability | dict[Step, Probability] = Field(
+        0.1, description="share of the targets shown as a random token; the rest stay; may be a schedule"
+    )
 
     @model_validator(mode="after")
     def _shares(self) -> "MaskingSection":
-        if self.mask + self.random > 1:
-            raise ValueError(f"mask + random is {self.mask + self.random:g}, expected at most 1")
+        values = [list(rate.values()) if isinstance(rate, dict) else [rate] for rate in (self.mask, self.random)]
+        if max(values[0]) + max(values[1]) > 1:
+            raise ValueError(f"mask + random is {max(values[0]) + max(values[1]):g}, expected at most 1")
+        return self
+
+
+class CausalSection(_Section):
+    """What may be done to the samples of objective causal."""
+
+    fim_rate: Probability = Field(
+        0.0, description="share of the documents turned for fill-in-the-middle (Bavarian 2022)"
+    )
+    fim_spm_rate: Probability = Field(0.5, description="share of those in the order suffix, prefix, middle")
+    fim_prefix: str = Field("<|fim_prefix|>", description="token before the prefix")
+    fim_middle: str = Field("<|fim_middle|>", description="token before the middle")
+    fim_suffix: str = Field("<|fim_suffix|>", description="token before the suffix")
+    goldfish_k: int = Field(0, ge=0, description="leave one in k tokens out of the loss (Hans 2024); 0: none")
+    goldfish_context: Positive = Field(13, description="tokens before it that decide whether a token is left out")
+    loss_after_end: bool = Field(
+        True, description="false: the token behind an end of document is no target (Megatron's eod_mask_loss)"
+    )
+
+
+class CurriculumSection(_Section):
+    """Sequence-length warm-up: samples are read as stretches that do not see each other, ever longer ones. Random
+    layer-token drop: middle layers see a part of the tokens, an ever larger one."""
+
+    start_length: Annotated[int, Field(ge=8)] | None = Field(
+        None, description="tokens of a stretch at step 0; null: whole samples from the start"
+    )
+    length_steps: Positive = Field(1000, description="steps until a stretch is a whole sample")
+    length_multiple: Positive = Field(8, description="stretches are rounded down to a multiple of so many tokens")
+    token_drop_start: Positive | None = Field(
+        None, description="tokens of a sample that middle layers see at step 0 (random-LTD's min_value); null: all"
+    )
+    token_drop_steps: Positive = Field(1000, description="steps until they see all (its require_steps)")
+    token_drop_multiple: Positive = Field(8, description="their number is rounded down so (its seq_per_step)")
+
+    @model_validator(mode="after")
+    def _multiples(self) -> "CurriculumSection":
+        if (self.token_drop_start or 0) % self.token_drop_multiple:
+            raise ValueError(
+                f"curriculum.token_drop_start is {self.token_drop_start}, not a multiple of token_drop_multiple"
+                f" {self.token_drop_multiple}"
+            )
         return self
 
 
@@ -106,6 +221,8 @@ class Recipe(_Section):
     optimizer: OptimizerSection
     schedule: ScheduleSection = ScheduleSection()
     masking: MaskingSection = MaskingSection()
+    causal: CausalSection = CausalSection()
+    curriculum: CurriculumSection = CurriculumSection()
     evaluation: EvaluationSection = EvaluationSection()
     checkpoint: CheckpointSection = CheckpointSection()
 
@@ -115,14 +232,45 @@ class Recipe(_Section):
         if self.training.max_steps is not None:
             return self.training.max_steps
         assert self.training.max_tokens is not None
-        tokens_a_step = self.training.global_batch_size * self.data.sequence_length
-        return -(-self.training.max_tokens // tokens_a_step)
+        samples = -(-self.training.max_tokens // self.data.sequence_length)
+        return self.training.batch_sizes.steps_for(samples)
+
+    @property
+    def has_boundaries(self) -> bool:
+        """Whether attention has to stop anywhere within a row: at documents, stretches or padding."""
+        padded = self.objective == "mlm" and self.data.packing != "concatenate"
+        return self.data.document_attention or padded or self.curriculum.start_length is not None
+
+    @property
+    def pack_settings(self) -> PackSettings:
+        """How the samples are packed; raises UserError for what makes no plan."""
+        data, short = self.data, self.data.short_seq_prob
+        if short is None:
+            short = DEFAULT_SHORT_SEQ_PROB if data.packing in PAIRS else 0.0
+        return PackSettings(self.objective, data.sequence_length, data.packing, data.validation_fraction, short)
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Recipe":
         if self.schedule.min_lr > self.optimizer.lr:
             raise ValueError(f"schedule.min_lr is {self.schedule.min_lr}, above optimizer.lr {self.optimizer.lr}")
         # A warm-up longer than the run is allowed: a short trial of a long recipe.
+        if self.data.packing not in PACKINGS[self.objective]:
+            raise ValueError(
+                f"data.packing is {self.data.packing}, which objective {self.objective} has not; expected one of"
+                f" {', '.join(PACKINGS[self.objective])}"
+            )
+        if self.data.short_seq_prob and self.data.packing not in OF_SENTENCES:
+            raise ValueError(f"data.short_seq_prob needs packing {', '.join(OF_SENTENCES)}; found {self.data.packing}")
+        if self.objective != "causal" and self.causal != CausalSection():
+            raise ValueError(f"the causal section does nothing for objective {self.objective}; leave it out")
+        if self.objective != "mlm" and self.masking != MaskingSection():
+            raise ValueError(f"the masking section does nothing for objective {self.objective}; leave it out")
+        for name in ("start_length", "token_drop_start"):
+            if (getattr(self.curriculum, name) or 0) > self.data.sequence_length:
+                raise ValueError(
+                    f"curriculum.{name} is {getattr(self.curriculum, name)}, above data.sequence_length"
+                    f" {self.data.sequence_length}"
+                )
         return self
 
 
@@ -161,6 +309,9 @@ def read_recipe_file(path: Path) -> dict[str, Any]:
         if is_section and not isinstance(value, dict):
             raise UserError(f"{path}: {key}: expected a mapping, found {value!r}")
     return raw
+
+
+_MEMBER = re.compile(r"str|int|float|constrained-\w+|dict\[.*\]|\[key\]")
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -227,7 +378,7 @@ def check_recipe(raw: dict[str, Any], source: str) -> Recipe:
         faults = error.errors(include_url=False)
     fault = faults[0]
     # Members of unions add their own names to the location; they are no part of the key.
-    location = [str(part) for part in fault["loc"] if part not in ("str", "dict[str,any]")]
+    location = [str(part) for part in fault["loc"] if not _MEMBER.fullmatch(str(part))]
     key = ".".join(location)
     if fault["type"] == "extra_forbidden":
         section = Recipe.model_fields[location[0]].annotation if len(location) > 1 else Recipe

@@ -1,147 +1,242 @@
-"""Samples: what the model sees at sample number n of a run, as a pure function of (plan, seed, n).
+"""Samples: what the model sees at sample number n of a run, as a pure function of (recipe, seed, n).
 
-A run consumes samples 0, 1, 2, ...; number n is the n-th of an order in which every epoch is another permutation of
-the split. Ranks, micro-batches, workers and interruptions do not enter.
+Where a sample comes from is `pipeline.order`'s, its tokens are `pipeline.rows`'; this module says what is to be
+predicted and who sees whom. What is drawn for a row hangs on a key made of (seed, split, corpus, epoch, sample), so
+neither the batch that it is in nor the hardware enters.
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.encoding import SpecialTokens
-from data_prep.errors import UserError
-from data_prep.pack import Plan
-from data_prep.randomness import hash64, permute, uniform
-from data_prep.shards import Shard, ShardSet
-from pipeline.recipe import MaskingSection
+from data_prep.randomness import UInt64, hash64
+from pipeline.causal import Sentinels, fill_in_the_middle, goldfish
+from pipeline.masking import Masking, MaskRates
+from pipeline.order import Order, Places
+from pipeline.recipe import CausalSection, CurriculumSection, MaskingSection
+from pipeline.rows import Corpus, RowMaker, Rows
+from pipeline.stages import interpolated
+from pipeline.token_files import Stretch
 
 IGNORED = -100
 """Label of a position that is no target (torch.nn.functional.cross_entropy's default ignore_index)."""
 
-# First coordinates of what is drawn, so that no two purposes share random numbers.
-_ORDER, _CHOICE, _ACTION, _REPLACEMENT = 1, 2, 3, 4
+# First coordinate of what is drawn, so that no two purposes share random numbers: 1 is pipeline.order's, 3 and 4
+# pipeline.rows', 5 pipeline.engine's, 6 data_prep.plan's, 7 pipeline.token_drop's.
+_ROW = 2
 _SPLITS = {"train": 0, "validation": 1}
 
 
 @dataclass(frozen=True)
 class Batch:
-    """input_ids, labels: int64 [batch, sequence]; the labels are aligned with the logits: position i of the output
-    is to predict labels[i]. targets: positions in the flattened labels that are not IGNORED, int64 [targets]."""
+    """Rows of samples, in the shards' own integer type.
 
-    input_ids: NDArray[np.int64]
-    labels: NDArray[np.int64]
+    input_ids: [batch, sequence]. targets: positions in the flattened batch that are to be predicted, increasing
+    [targets]; None: all of them. target_ids: what they are, [targets], or [batch, sequence] where all are.
+    boundaries: where documents begin in the flattened batch, and its end [documents + 1], as attention is to keep them
+    apart (padding at the end of a row counts as one, and every row begins one); None: rows are seen whole. longest:
+    tokens of the longest of these documents.
+    places: where the rows come from.
+    token_types: 0 or 1, for pairs [batch, sequence]. pair_labels: 1 where the second of a pair is from another document
+    (nsp) or the two are turned around (sop), -100 in rows that do not count [batch].
+    kept_positions: what each layer that drops tokens sees of each row [layers, batch, kept]; None: all.
+    """
+
+    input_ids: NDArray[Any]
+    target_ids: NDArray[Any]
+    targets: NDArray[np.int64] | None
+    boundaries: NDArray[np.int32] | None
+    longest: int
+    places: Places
+    token_types: NDArray[np.uint8] | None = None
+    pair_labels: NDArray[np.int64] | None = None
+    kept_positions: NDArray[np.int32] | None = None
+
+    @property
+    def target_count(self) -> int:
+        return int(self.target_ids.size)
 
     @functools.cached_property
-    def targets(self) -> NDArray[np.int64]:
-        return np.flatnonzero(self.labels != IGNORED)
+    def labels(self) -> NDArray[np.int64]:
+        """What each position is to predict, IGNORED where nothing [batch, sequence]."""
+        if self.targets is None:
+            return self.target_ids.astype(np.int64)
+        labels = np.full(self.input_ids.shape, IGNORED, dtype=np.int64)
+        labels.reshape(-1)[self.targets] = self.target_ids
+        return labels
+
+
+@dataclass(frozen=True)
+class Style:
+    """How rows are made, in the words of the recipe. word_starts: of masking's words, where they are asked for.
+    sentinels: of fill-in-the-middle, likewise. further_special: ids of special tokens without a role."""
+
+    special: SpecialTokens
+    vocab_size: int
+    document_attention: bool = True
+    masking: MaskingSection = field(default_factory=MaskingSection)
+    causal: CausalSection = field(default_factory=CausalSection)
+    curriculum: CurriculumSection = field(default_factory=CurriculumSection)
+    word_starts: NDArray[np.bool_] | None = None
+    further_special: tuple[int, ...] = ()
+    sentinels: Sentinels | None = None
 
 
 class Samples:
-    """The samples of one split of a shard set.
+    """The samples of one split over one or several corpora.
 
-    Raises UserError when the tokenizer lacks a token that masking needs, or a shard is not what its manifest says.
+    order: of training. Raises UserError when the tokenizer lacks a token that the objective needs, or a shard is not
+    what its manifest says.
     """
 
-    def __init__(
-        self,
-        shards: ShardSet,
-        plan: Plan,
-        split: str,
-        *,
-        seed: int,
-        special: SpecialTokens,
-        masking: MaskingSection | None = None,
-    ) -> None:
-        side = plan.train if split == "train" else plan.validation
-        self.size = side.samples
-        self._plan, self._seed = plan, seed
-        self._split = _SPLITS[split]
-        self._mapped: dict[int, Shard] = {}
-        self._shards = shards
-        self._first_token = side.first_token
-        self._bounds = np.cumsum((0, *side.tokens))
-        if plan.objective == "mlm":
-            assert masking is not None
-            self._masking = masking
-            self._classification = _needed(special.classification, "classification ([CLS])")
-            self._separator = _needed(special.separator, "separator ([SEP])")
-            self._mask = _needed(special.mask, "mask ([MASK])")
-            ids = [token for token in vars(special).values() if token is not None]
-            assert shards.vocab_size is not None  # shards of another program have taken the tokenizer's
-            self._is_special = np.zeros(shards.vocab_size, dtype=bool)
-            self._is_special[ids] = True
-            self._ordinary = np.flatnonzero(~self._is_special)
+    def __init__(self, corpora: tuple[Corpus, ...], order: Order, split: str, style: Style, seed: int) -> None:
+        self.corpora, self.order = corpora, order
+        self._split, self._seed, self._style = _SPLITS[split], seed, style
+        self._corpus_keys = np.array([corpus.key for corpus in corpora], dtype=np.uint64)
+        self._rows = RowMaker(corpora, split, style.special)
+        self.sizes = self._rows.sizes
+        settings = self._rows.settings
+        self.sequence_length, self._is_causal = settings.sequence_length, settings.objective == "causal"
+        self._end = style.special.end_of_document
+        if not self._is_causal:
+            self._masking = Masking(
+                unit=style.masking.unit,
+                special=style.special,
+                vocab_size=style.vocab_size,
+                word_starts=style.word_starts,
+                further_special=style.further_special,
+            )
 
-    def _tokens(self, index: int) -> NDArray[Any]:
-        if index not in self._mapped:
-            self._mapped[index] = self._shards.shard(index)
-        return self._mapped[index].tokens
+    @property
+    def size(self) -> int:
+        """Samples of an epoch over all corpora."""
+        return sum(self.sizes)
 
-    def stream(self, start: int, count: int) -> NDArray[np.int64]:
-        """Tokens [start, start + count) of the split, over the ends of shards."""
-        out = np.empty(count, dtype=np.int64)
-        done = 0
-        index = int(np.searchsorted(self._bounds, start, side="right")) - 1
-        while done < count:
-            inside = start + done - int(self._bounds[index])
-            take = min(count - done, int(self._bounds[index + 1] - self._bounds[index]) - inside)
-            if take > 0:
-                first = self._first_token[index] + inside
-                out[done : done + take] = self._tokens(index)[first : first + take]
-                done += take
-            index += 1
-        return out
+    def batch(self, numbers: NDArray[np.int64], step: int = 0) -> Batch:
+        """The samples that a run consumes as these numbers at this step [batch]."""
+        return self.batch_at(self.order.place(np.asarray(numbers, dtype=np.int64)), step)
 
-    def place(self, numbers: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """(epoch, sample of the split) of consumed sample numbers [batch]."""
-        epochs, positions = np.divmod(numbers, self.size)
-        samples = np.empty_like(positions)
-        for epoch in np.unique(epochs):
-            chosen = epochs == epoch
-            samples[chosen] = permute(positions[chosen], self.size, _ORDER, self._seed, self._split, int(epoch))
-        return epochs, samples
+    def batch_at(self, places: Places, step: int = 0, real: NDArray[np.bool_] | None = None) -> Batch:
+        """The samples at these places [batch]. step: where the recipe's schedules are taken. real: rows that have
+        targets (None: all)."""
+        rows = self._rows.rows(places, lambda: self.keys(places))
+        batch = (self._causal if self._is_causal else self._masked)(rows, places, step)
+        if real is None or real.all():
+            return batch
+        labels = batch.labels
+        labels[~real] = IGNORED
+        targets = np.flatnonzero(labels != IGNORED)
+        pair_labels = None if batch.pair_labels is None else np.where(real, batch.pair_labels, IGNORED)
+        return replace(batch, target_ids=labels.reshape(-1)[targets], targets=targets, pair_labels=pair_labels)
 
-    def batch(self, numbers: NDArray[np.int64]) -> Batch:
-        """The samples with these numbers [batch]; a negative number gives a row without targets."""
-        numbers = np.asarray(numbers, dtype=np.int64)
-        real = numbers >= 0
-        epochs, samples = self.place(np.where(real, numbers, 0))
-        make = self._causal if self._plan.objective == "causal" else self._masked
-        batch = make(epochs, samples)
-        batch.labels[~real] = IGNORED
-        return batch
+    def held_out(self, count: int) -> Places:
+        """Places of `count` samples of the first epoch, of each corpus equally many as far as it has them."""
+        counts = [0] * len(self.sizes)
+        for _ in range(min(count, self.size)):
+            having = [corpus for corpus, size in enumerate(self.sizes) if counts[corpus] < size]
+            counts[min(having, key=counts.__getitem__)] += 1
+        found = [self.order.shuffled(corpus, 0, np.arange(number)) for corpus, number in enumerate(counts)]
+        corpora = np.repeat(np.arange(len(counts)), counts)
+        return Places(corpora, np.zeros_like(corpora), np.concatenate(found))
 
-    def _rows(self, samples: NDArray[np.int64], width: int) -> NDArray[np.int64]:
-        return np.stack([self.stream(int(sample) * self._plan.stride, width) for sample in samples])
+    def origins(self, places: Places) -> list[list[Stretch]]:
+        """The stretches of documents that each of these samples is made of, in order [batch]."""
+        return self._rows.origins(places, lambda: self.keys(places))
 
-    def _causal(self, epochs: NDArray[np.int64], samples: NDArray[np.int64]) -> Batch:
-        rows = self._rows(samples, self._plan.sequence_length + 1)
-        return Batch(np.ascontiguousarray(rows[:, :-1]), np.ascontiguousarray(rows[:, 1:]))
+    def keys(self, places: Places) -> UInt64:
+        """A hash of each place [batch]."""
+        corpus_keys = self._corpus_keys[places.corpus] if len(self.corpora) > 1 else self.corpora[0].key
+        return hash64(_ROW, self._seed, self._split, corpus_keys, places.epoch, places.sample)
 
-    def _masked(self, epochs: NDArray[np.int64], samples: NDArray[np.int64]) -> Batch:
-        """BERT's masking (Devlin et al. 2019, section 3.1), drawn anew each epoch (RoBERTa's dynamic masking, Liu et
-        al. 2019, section 4.1); the ends of documents inside become separators (its FULL-SENTENCES format)."""
-        text = self._rows(samples, self._plan.stride)
-        text[text == self._shards.end_of_document] = self._separator
-        ids = np.pad(text, ((0, 0), (1, 1)))
-        ids[:, 0], ids[:, -1] = self._classification, self._separator
-        position = np.arange(ids.shape[1])[None, :]
-        where = (self._seed, self._split, epochs[:, None], samples[:, None], position)
-        chosen = (uniform(_CHOICE, *where) < self._masking.probability) & ~self._is_special[ids]
-        action = uniform(_ACTION, *where)
-        replaced = chosen & (action < self._masking.mask)
-        randomised = chosen & ~replaced & (action < self._masking.mask + self._masking.random)
-        other = self._ordinary[(hash64(_REPLACEMENT, *where) % np.uint64(len(self._ordinary))).astype(np.int64)]
-        labels = np.where(chosen, ids, IGNORED)
-        ids[replaced] = self._mask
-        ids[randomised] = other[randomised]
-        return Batch(ids, labels)
+    def _causal(self, rows: Rows, places: Places, step: int) -> Batch:
+        style = self._style.causal
+        boundaries, longest = self._seen(rows, step)
+        if rows.ids.shape[1] > self.sequence_length and style.fim_rate == 0:
+            inputs, labels = rows.ids[:, :-1], rows.ids[:, 1:]
+        else:
+            inputs, labels = self._turned(rows, places)
+        left_out = []
+        if rows.padded.any():
+            left_out.append(np.repeat(rows.padded, np.diff(rows.boundaries)).reshape(labels.shape))
+        if not style.loss_after_end:
+            left_out.append(inputs == self._end)
+        if style.goldfish_k:
+            left_out.append(goldfish(labels, rows.boundaries, k=style.goldfish_k, context=style.goldfish_context))
+        if not left_out:
+            return Batch(inputs, labels, None, boundaries, longest, places)
+        targets = np.flatnonzero(~functools.reduce(np.logical_or, left_out))
+        return Batch(inputs, labels.reshape(-1)[targets], targets, boundaries, longest, places)
+
+    def _turned(self, rows: Rows, places: Places) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Inputs and labels [batch, sequence], some documents turned for fill-in-the-middle."""
+        style = self._style.causal
+        first = rows.boundaries[:-1]
+        labels, first_ids = rows.ids, rows.first_ids
+        if labels.shape[1] > self.sequence_length:
+            labels = np.ascontiguousarray(rows.ids[:, 1:])
+            # A row of the flattened ids is one token longer.
+            first_ids = rows.ids.reshape(-1)[first + first // self.sequence_length]
+        if style.fim_rate > 0:
+            assert self._style.sentinels is not None
+            fill_in_the_middle(
+                labels,
+                rows.boundaries,
+                self.keys(places),
+                ~rows.padded,
+                rate=style.fim_rate,
+                spm_rate=style.fim_spm_rate,
+                sentinels=self._style.sentinels,
+                end_of_document=self._end,
+            )
+            changed = labels.reshape(-1)[first] == self._style.sentinels.prefix
+            first_ids[changed] = self._end  # nothing of a document stands before its prefix
+        inputs = np.empty_like(labels)
+        inputs[:, 1:] = labels[:, :-1]
+        inputs.reshape(-1)[first] = first_ids
+        return inputs, labels
+
+    def _masked(self, rows: Rows, places: Places, step: int) -> Batch:
+        masking = self._style.masking
+        rates = MaskRates(*(interpolated(rate, step) for rate in (masking.probability, masking.mask, masking.random)))
+        starts = None
+        if len(rows.boundaries) > len(rows.ids) + 1:
+            starts = np.zeros(rows.ids.shape, dtype=bool)
+            starts.reshape(-1)[rows.boundaries[:-1]] = True
+        targets, originals = self._masking.apply(rows.ids, self.keys(places), rates, starts)
+        boundaries, longest = self._seen(rows, step)
+        return Batch(rows.ids, originals, targets, boundaries, longest, places, rows.token_types, rows.pair_labels)
+
+    def _seen(self, rows: Rows, step: int) -> tuple[NDArray[np.int32] | None, int]:
+        """The boundaries that attention is to keep, and the longest document between them."""
+        sequence = self.sequence_length
+        stretch = stretch_length(self._style.curriculum, sequence, step)
+        if self._style.document_attention and stretch == sequence:
+            return rows.boundaries, int(np.diff(rows.boundaries).max())
+        end = int(rows.boundaries[-1])
+        begins = rows.boundaries[:-1]
+        if not self._style.document_attention:
+            begins = begins[(begins % sequence == 0) | rows.padded]
+            if self._is_causal or not rows.padded.any():
+                begins = begins[:0]  # nothing looks at what is behind it
+        if stretch < sequence:
+            windows = (np.arange(0, end, sequence)[:, None] + np.arange(0, sequence, stretch)).reshape(-1)
+            begins = np.union1d(begins, windows)
+        if not len(begins):
+            return None, sequence
+        boundaries = np.append(begins, end).astype(np.int32)
+        return boundaries, int(np.diff(boundaries).max())
 
 
-def _needed(token: int | None, name: str) -> int:
-    if token is None:
-        raise UserError(f"data.tokenizer has no {name} token, which objective mlm needs")
-    return token
+def stretch_length(curriculum: CurriculumSection, sequence_length: int, step: int) -> int:
+    """Tokens that see each other at `step`: a straight line from `start_length` to the whole sample (the schedule of Li
+    et al. 2022, "The stability-efficiency dilemma", section 4; there samples are cut off, here they are seen in
+    stretches, so that no token is lost and a step has as many as ever)."""
+    if curriculum.start_length is None or step >= curriculum.length_steps:
+        return sequence_length
+    grown = (sequence_length - curriculum.start_length) * step // curriculum.length_steps
+    length = curriculum.start_length + grown
+    return max(curriculum.start_length, length - length % curriculum.length_multiple)

@@ -3,12 +3,14 @@
 import contextlib
 import logging
 import os
+import signal
 import socket
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 from data_prep.errors import UserError
@@ -39,6 +41,27 @@ def set_environment() -> None:
             MASTER_ADDR="127.0.0.1",
             MASTER_PORT=str(port),
         )
+
+
+class Interruption:
+    """Ctrl-C, and SIGTERM, the launcher's way to stop its ranks: each raises KeyboardInterrupt where the process is.
+
+    Python drops an exception that comes while it runs a finalizer or a callback of a library, so the loop asks as well.
+    """
+
+    def __init__(self) -> None:
+        self._signal: signal.Signals | None = None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._received)
+
+    def _received(self, number: int, _: FrameType | None) -> None:
+        self._signal = signal.Signals(number)
+        raise KeyboardInterrupt(self._signal.name)
+
+    def check(self) -> None:
+        """Raises KeyboardInterrupt when one has come."""
+        if self._signal is not None:
+            raise KeyboardInterrupt(self._signal.name)
 
 
 @dataclass

@@ -15,12 +15,12 @@ import torch
 from data_prep import __main__ as data_prep_main
 from data_prep.encoding import load_tokenizer_info
 from data_prep.errors import UserError
-from data_prep.pack import make_plan
+from data_prep.plan import PackSettings
 from data_prep.shards import Shard, ShardSet, dtype_for, is_foreign, survey
 from pipeline.data import adopt, is_missing, open_data, open_shards, plan_samples
 from pipeline.recipe import DataSection, check_recipe
-from pipeline.samples import Samples
 from tests.data_prep.test_shards import write_shard, write_shard_set
+from tests.made_samples import made_samples
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # it looks for CUDA libraries that a test of file formats does not need
@@ -101,19 +101,17 @@ def test_megatrons_gpt_dataset_gives_the_samples_that_we_train_on(tmp_path, tiny
 
     monkeypatch.setattr(gpt_dataset.numpy.random, "RandomState", Unshuffled)
     whole = ShardSet.open(tiny_shards)
-    special = load_tokenizer_info(tiny_tokenizer).special
     for name in whole.names:
         folder = tmp_path / name
         folder.mkdir()
         for suffix in (".bin", ".idx"):
             shutil.copy(tiny_shards / (name + suffix), folder)
         shards, _ = adopt(ShardSet.open(folder), load_tokenizer_info(tiny_tokenizer))
-        ours = Samples(shards, make_plan(shards, "causal", SEQUENCE_LENGTH, 0.0), "train", seed=1, special=special)
+        ours = made_samples({name: shards}, tiny_tokenizer, PackSettings("causal", SEQUENCE_LENGTH, "concatenate", 0.0))
         theirs = megatron_samples(tmp_path / "cache", folder / name)
         assert len(theirs) == ours.size > 20
         epoch = ours.batch(np.arange(ours.size))
-        _, places = ours.place(np.arange(ours.size))
-        for row, place in enumerate(places):
+        for row, place in enumerate(ours.order.place(np.arange(ours.size)).sample):
             assert theirs[int(place)]["tokens"].tolist() == epoch.input_ids[row].tolist()
             assert theirs[int(place)]["labels"].tolist() == epoch.labels[row].tolist()
 

@@ -18,9 +18,11 @@ from hypothesis import strategies as st
 from data_prep import encoding, train_tokenizer
 from data_prep.documents import ReadOptions, list_parts
 from data_prep.errors import UserError
+from data_prep.fast_encoders import fast_encoder_for, load_encoder
 from data_prep.manifest import read_manifest, verify_files
 
 VOCAB_SIZE = 1200
+FURTHER = ["<|fim_prefix|>", "<a>", "[SUFFIX]", "<fim,middle>"]
 LITERALS = "[MASK] [UNK][PAD] x[CLS]y <|endoftext|> <|endoftext|><0x41><0x0A> <unk> <s>"
 NASTY = [
     "",
@@ -225,6 +227,96 @@ def test_special_tokens_come_first_and_the_vocabulary_is_exact(folders, kind):
     first = [token for token, _ in vocabulary][:6] if kind == "unigram" else sorted(vocabulary, key=vocabulary.get)[:6]
     assert first == ["[UNK]", "[PAD]", "[CLS]", "[SEP]", "[MASK]", "<|endoftext|>"]
     assert len(vocabulary) == VOCAB_SIZE
+
+
+@pytest.fixture(scope="module")
+def further_folders(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> dict[str, Path]:
+    """As `folders`, with special tokens of the user's that the text is full of."""
+    root = tmp_path_factory.mktemp("further")
+    text = write_documents(root / "d.jsonl", [*texts[:2], *[" ".join(FURTHER) + "".join(FURTHER)] * 200])
+    for kind in train_tokenizer.TYPES:
+        options = ("--type", kind, "--vocab_size", VOCAB_SIZE, "--special_tokens", *FURTHER)
+        run("--input", text, "--output_dir", root / kind, *options)
+    return {kind: root / kind for kind in train_tokenizer.TYPES}
+
+
+@pytest.mark.parametrize("kind", train_tokenizer.TYPES)
+def test_further_special_tokens_follow_the_six_and_text_never_yields_them(further_folders, kind):
+    folder = further_folders[kind]
+    raw = json.loads((folder / "tokenizer.json").read_text())
+    expected = [*train_tokenizer.SPECIAL_TOKENS.values(), *FURTHER]
+    assert [(token["id"], token["content"]) for token in raw["added_tokens"]] == list(enumerate(expected))
+    assert all(token["special"] for token in raw["added_tokens"])
+    assert read_manifest(folder).content["special_tokens"] == {token: i for i, token in enumerate(expected)}
+    assert encoding.load_tokenizer_info(folder).vocab_size == len(raw["model"]["vocab"]) == VOCAB_SIZE
+    encoder = encoding.Encoder(folder)
+    fast = load_encoder(fast_encoder_for(folder), folder, "")
+    for text in [*FURTHER, "".join(FURTHER), " ".join(FURTHER), f"x{FURTHER[0]}y", *NASTY]:
+        ids = ids_of(encoder, text)
+        special = set(ids) & set(range(len(expected)))
+        assert special <= ({0} if kind == "wordpiece" else set())
+        assert fast.encode_flat([text], [text.encode()]).ids.tolist() == ids
+        assert kind == "wordpiece" or encoder.decode(ids) == text
+    assert not set(ids_of(encoder, "".join(FURTHER))) & set(range(len(expected)))
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_sentencepiece_knows_the_further_special_tokens_as_controls(further_folders, kind):
+    model = further_folders[kind] / train_tokenizer.MODEL_FILE
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    assert reference.id_to_piece(list(range(10)))[6:] == FURTHER
+    assert all(map(reference.is_control, range(6, 10)))
+    encoder = encoding.Encoder(further_folders[kind])
+    for text in [*FURTHER, "".join(FURTHER), f"x {FURTHER[0]}y", *NASTY]:
+        assert ids_of(encoder, text) == reference.encode(text)
+
+
+@pytest.mark.parametrize("kind", train_tokenizer.TYPES)
+def test_transformers_knows_the_further_special_tokens_after_saving_too(further_folders, tmp_path, kind):
+    transformers = pytest.importorskip("transformers")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(further_folders[kind])
+    tokenizer.save_pretrained(tmp_path)
+    for loaded in (tokenizer, transformers.AutoTokenizer.from_pretrained(tmp_path)):
+        assert loaded.convert_tokens_to_ids(FURTHER) == [6, 7, 8, 9]
+        assert len(loaded) == VOCAB_SIZE
+        assert set(FURTHER) < set(loaded.all_special_tokens)
+        assert loaded.decode([6, 7, 8, 9], skip_special_tokens=True) == ""
+        assert not set(loaded("".join(FURTHER))["input_ids"]) & set(range(10))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (["<a>", "<b>", "<a>"], "'<a>' is given twice"),
+        (["<|endoftext|>"], r"'<\|endoftext\|>': every tokenizer has it already"),
+        *[
+            ([token], "expected printable ASCII in angle or square")
+            for token in ("", " ", "the", "##a", "<é>", "<a b>")
+        ],
+        *[([token], "expected printable ASCII in angle or square") for token in ("<|>", "[0]", "<a", "<0x41>")],
+    ],
+)
+def test_special_tokens_that_text_could_yield_are_refused(tmp_path, tokens, message):
+    path = write_documents(tmp_path / "d.jsonl", ["text"])
+    options = ["--input", path, "--output_dir", tmp_path / "t", "--type", "bpe", "--vocab_size", 380]
+    with pytest.raises(UserError, match=message) as raised:
+        run(*options, "--special_tokens", *tokens)
+    assert "\n" not in str(raised.value)
+
+
+def test_further_special_tokens_are_part_of_the_job_and_their_lack_is_none(tmp_path, capsys):
+    path = write_documents(tmp_path / "d.jsonl", ["the quick brown fox jumps over the lazy dog. " * 5] * 20)
+    options = ["--input", path, "--output_dir", tmp_path / "t", "--type", "bpe", "--vocab_size", 380]
+    run(*options)
+    assert "special_tokens" not in read_manifest(tmp_path / "t").job, "so older manifests are those of equal jobs"
+    with pytest.raises(UserError, match="--overwrite"):
+        run(*options, "--special_tokens", "<a>", "<b>")
+    run(*options, "--special_tokens", "<a>", "<b>", "--overwrite")
+    assert "up to date" not in capsys.readouterr().out
+    run(*options, "--special_tokens", "<a>", "<b>")
+    assert "up to date" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--overwrite"):
+        run(*options, "--special_tokens", "<b>", "<a>")
 
 
 @pytest.mark.parametrize("kind", train_tokenizer.TYPES)

@@ -9,7 +9,7 @@ import pytest
 
 from data_prep.errors import UserError
 from data_prep.manifest import FileRecord, Manifest, read_manifest
-from data_prep.pack import make_plan, write_plan
+from data_prep.plan import PackSettings, write_plan
 from data_prep.shards import ShardSet, ShardWriter
 from data_prep.verify import file_faults, uncovered, verify
 from tests.data_prep.made_folders import make_documents, make_shards, make_tokenizer
@@ -34,8 +34,8 @@ def documents(tmp_path_factory):
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory, tokenizer):
     folder = make_shards(tmp_path_factory.mktemp("verify") / "shards", TEXTS, tokenizer)
-    for objective, length in (("causal", 16), ("mlm", 24)):
-        write_plan(folder, make_plan(ShardSet.open(folder), objective, length, 0.1))
+    for settings in (PackSettings("causal", 16, "concatenate", 0.1), PackSettings("mlm", 24, "best_fit", 0.1)):
+        write_plan(ShardSet.open(folder), settings)
     return folder
 
 
@@ -47,7 +47,14 @@ def test_one_flipped_byte_anywhere_is_found_and_its_file_named(kind, request, tm
     verify(folder)
     generator = random.Random(7)
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    assert kind != "shards" or {path.suffix for path in paths} == {".bin", ".idx", ".sentences", ".json"}
+    assert kind != "shards" or {path.suffix for path in paths} == {
+        ".bin",
+        ".idx",
+        ".sentences",
+        ".json",
+        ".samples",
+        ".pieces",
+    }
     for path in paths:
         content = path.read_bytes()
         for _ in range(60):
@@ -66,7 +73,7 @@ def test_white_space_of_a_manifest_or_a_plan_is_part_of_it(kind, request, tmp_pa
     """A space that became a tab changes no value, yet it is a flipped byte."""
     folder = tmp_path / "copy"
     shutil.copytree(request.getfixturevalue(kind), folder)
-    for path in [folder / "manifest.json", *folder.glob("samples/*.json")]:
+    for path in [folder / "manifest.json", *folder.glob("samples/*/plan.json")]:
         content = path.read_bytes()
         for position in [content.index(b" "), len(content) - 1]:
             path.write_bytes(content[:position] + b"\t" + content[position + 1 :])
@@ -158,14 +165,14 @@ def test_counts_that_do_not_add_up_are_found(shards, tmp_path):
 def test_a_plan_of_other_shards_or_settings_is_found(shards, tokenizer, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(shards, folder)
-    [plan] = folder.glob("samples/causal-*.json")
-    shutil.copy(plan, plan.with_name("causal-17-validation-0.1.json"))
-    with pytest.raises(UserError, match=r"causal-17-validation-0\.1\.json: is not the plan of these shards; remove it"):
+    [plan] = folder.glob("samples/causal-*")
+    shutil.copytree(plan, plan.with_name("causal-concatenate-17-validation-0.1"))
+    with pytest.raises(UserError, match=r"17-validation-0\.1/plan\.json: is not the plan of these shards; remove"):
         verify(folder)
     other = make_shards(tmp_path / "other", TEXTS[:30], tokenizer)
     (other / "samples").mkdir()
-    shutil.copy(plan, other / "samples")
-    with pytest.raises(UserError, match=f"{plan.name}: names other shards"):
+    shutil.copytree(plan, other / "samples" / plan.name)
+    with pytest.raises(UserError, match=f"{plan.name}/plan.json: names other shards"):
         verify(other)
 
 

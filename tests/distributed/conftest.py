@@ -30,7 +30,7 @@ def write_recipe(tmp_path_factory: pytest.TempPathFactory, tiny_shards: Path, ti
             "checkpoint": {"every_steps": 2, "keep_last": 5},
         }
         for name, section in sections.items():
-            recipe[name] = {**recipe[name], **section}  # type: ignore[dict-item]
+            recipe[name] = {**recipe.get(name, {}), **section}  # type: ignore[dict-item]
         path = tmp_path_factory.mktemp("recipe") / f"{objective}.yaml"
         path.write_text(yaml.safe_dump(recipe))
         return path

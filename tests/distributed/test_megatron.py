@@ -27,4 +27,4 @@ def test_a_folder_of_megatrons_shards_trains_unchanged_with_the_losses_of_ours(w
     assert len(losses["ours"]) == 3 and losses["ours"] == losses["theirs"]
     assert {path.name: path.read_bytes() for path in theirs.iterdir() if path.is_file()} == before
     run = json.loads((tmp_path / "run_theirs" / "run.json").read_bytes())
-    assert run["shards_fingerprint"] == ShardSet.open(theirs).fingerprint
+    assert run["corpora"]["corpus"] == ShardSet.open(theirs).fingerprint

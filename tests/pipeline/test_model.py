@@ -8,8 +8,9 @@ from torch.nn import functional
 
 from data_prep.encoding import SpecialTokens, TokenizerInfo
 from data_prep.errors import UserError
+from pipeline.loader import DeviceBatch
 from pipeline.model import build_model, make_model_config, measure_model, peak_flops, read_model_config
-from pipeline.objective import loss_sum
+from pipeline.objective import losses
 from pipeline.recipe import check_recipe
 from pipeline.samples import IGNORED
 from pipeline.startup import set_environment
@@ -17,15 +18,23 @@ from pipeline.startup import set_environment
 SPECIAL = SpecialTokens(end_of_document=5, padding=1, classification=2, separator=3, mask=4, unknown=0)
 
 
+def batch_of(ids, labels, **further):
+    """A batch of these ids and labels [batch, sequence]; IGNORED ones are no targets."""
+    targets = (labels.flatten() != IGNORED).nonzero().flatten()
+    given = {"targets": targets, "boundaries": None, "longest": ids.shape[1], **further}
+    target_ids = labels.flatten()[targets]
+    return DeviceBatch(ids, target_ids, corpus=torch.zeros(len(ids)), target_count=len(target_ids), **given)
+
+
 TINY = {"base": "demo-gpt", "n_layer": 1, "n_embd": 24, "n_head": 2}
 
 
-def recipe(config, objective="causal", length=16):
+def recipe(config, objective="causal", length=16, **data):
     return check_recipe(
         {
             "objective": objective,
             "model": {"config": config},
-            "data": {"shards": "s", "tokenizer": "t", "sequence_length": length},
+            "data": {"shards": "s", "tokenizer": "t", "sequence_length": length, **data},
             "training": {"global_batch_size": 1, "max_steps": 1},
             "optimizer": {"lr": 1e-3},
         },
@@ -56,7 +65,8 @@ def test_any_architecture_that_transformers_knows_trains_by_its_json(values, obj
     config = make_model_config(asked, tokenizer(tmp_path))
     model = build_model(config, objective, 1)
     assert config.vocab_size == 100 and config.eos_token_id == 5
-    loss = loss_sum(model, torch.randint(6, 100, (2, 16)), torch.randint(6, 100, (2, 16)))
+    batch = batch_of(torch.randint(6, 100, (2, 16)), torch.randint(6, 100, (2, 16)))
+    loss = losses(model, batch, torch.float32)[0].sum()
     loss.backward()
     assert torch.isfinite(loss) and any(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
 
@@ -84,9 +94,9 @@ def test_loss_is_the_sum_over_targets_in_float32(tmp_path):
         for position in range(16)
         if labels[row, position] != IGNORED
     )
-    loss = loss_sum(model, ids, labels, (labels.flatten() != IGNORED).nonzero().flatten())
-    assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss, expected)
+    found, pairs = losses(model, batch_of(ids, labels), torch.bfloat16)
+    assert found.dtype == torch.float32 and found.shape == (27,) and pairs is None
+    torch.testing.assert_close(found.sum(), expected)
 
 
 def test_a_batch_without_targets_has_loss_zero_and_gradients_of_zero(tmp_path):
@@ -94,10 +104,35 @@ def test_a_batch_without_targets_has_loss_zero_and_gradients_of_zero(tmp_path):
     config = make_model_config(recipe(TINY), tokenizer(tmp_path))
     model = build_model(config, "causal", 1)
     ids = torch.randint(6, 100, (2, 16))
-    loss = loss_sum(model, ids, torch.full((2, 16), IGNORED), torch.empty(0, dtype=torch.int64))
+    loss = losses(model, batch_of(ids, torch.full((2, 16), IGNORED)), torch.float32)[0].sum()
     loss.backward()
     assert loss == 0
     assert all(parameter.grad is not None and not parameter.grad.any() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("model_type", ["bert", "albert"])
+def test_pairs_have_a_loss_of_their_own_and_rows_that_do_not_count(model_type, tmp_path):
+    values = {"model_type": model_type, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+              "intermediate_size": 64, "embedding_size": 32}  # fmt: skip
+    config = make_model_config(recipe(values, "mlm", packing="sop"), tokenizer(tmp_path))
+    model = build_model(config, "mlm", 1, pairs=True).eval()
+    ids, labels = torch.randint(6, 100, (3, 16)), torch.randint(6, 100, (3, 16))
+    types, turned = torch.zeros_like(ids), torch.tensor([1, IGNORED, 0])
+    types[:, 9:] = 1
+    batch = batch_of(ids, labels, token_types=types, pair_labels=turned)
+    of_tokens, of_pairs = losses(model, batch, torch.float32)
+    output = model(input_ids=ids, token_type_ids=types)
+    head = output.seq_relationship_logits if model_type == "bert" else output.sop_logits
+    expected = -functional.log_softmax(head, -1)[[0, 2], [1, 0]]
+    torch.testing.assert_close(of_pairs, torch.stack([expected[0], torch.zeros(()), expected[1]]))
+    expected = functional.cross_entropy(output.prediction_logits.flatten(0, 1), labels.flatten())
+    torch.testing.assert_close(of_tokens.mean(), expected)
+
+
+def test_pairs_need_a_model_that_has_a_head_for_them(tmp_path):
+    values = {"model_type": "roberta", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    with pytest.raises(UserError, match=r"data\.packing is nsp, which transformers has no roberta model for"):
+        make_model_config(recipe(values, "mlm", packing="nsp"), tokenizer(tmp_path))
 
 
 def test_gpt2_small_costs_what_the_papers_formula_says(tmp_path):
@@ -110,6 +145,26 @@ def test_gpt2_small_costs_what_the_papers_formula_says(tmp_path):
     assert size.parameters == 124_439_808
     assert size.matrix_parameters == 124_439_808 - 1024 * 768  # the positions are looked up; wte is the output too
     assert size.flops_a_token == 6 * size.matrix_parameters + 6 * 12 * 768 * 1024
+
+
+def test_an_encoder_under_a_causal_objective_does_not_see_what_it_predicts(tmp_path):
+    values = {"model_type": "bert", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+              "intermediate_size": 32}  # fmt: skip
+    config = make_model_config(recipe(values), tokenizer(tmp_path))
+    model = build_model(config, "causal", 1).eval()
+    ids = torch.randint(6, 100, (1, 16))
+    changed = ids.clone()
+    changed[0, 9] = 6 + (changed[0, 9] - 5) % 90
+    before, after = (model(input_ids=tokens).logits[0] for tokens in (ids, changed))
+    assert torch.equal(before[:9], after[:9]) and not torch.equal(before[9], after[9])
+
+
+def test_positions_that_a_model_keeps_for_padding_are_not_there_for_samples(tmp_path):
+    values = {"model_type": "roberta", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+              "max_position_embeddings": 18}  # fmt: skip
+    make_model_config(recipe(values, "mlm", 16), tokenizer(tmp_path))
+    with pytest.raises(UserError, match="has 18 positions, of which it keeps the first 2 for padding"):
+        make_model_config(recipe(values, "mlm", 17), tokenizer(tmp_path))
 
 
 def test_mistakes_in_the_model_name_what_is_known(tmp_path):

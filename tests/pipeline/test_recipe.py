@@ -79,7 +79,11 @@ def test_a_good_recipe_passes(tmp_path: Path) -> None:
         ("{lr: 1.0e-3}", "", "optimizer: expected a mapping, found None"),
         ("max_steps: 110", "max_steps: many", "training.max_steps is 'many': expected a valid integer"),
         ("max_steps: 110", "max_steps: 1.5", "training.max_steps is 1.5: expected a valid integer"),
-        ("max_steps: 110", "max_steps: yes", "training.max_steps: found the truth value true, which no field takes"),
+        (
+            "max_steps: 110",
+            "max_steps: yes",
+            "training.max_steps: found the truth value true, which this field does not take",
+        ),
         ("lr: 1.0e-3", "lr: [1]", "optimizer.lr is [1]: expected a valid number"),
         ("shards: s", "shards: 5", "data.shards is 5: expected a valid string"),
         ("lr: 1.0e-3", "lr: 0", "optimizer.lr is 0: expected greater than 0"),
@@ -217,7 +221,7 @@ def test_a_flag_for_one_length_replaces_the_files_other() -> None:
         ("model.config.n_layer", "{", "--model.config.n_layer {: not YAML"),
         ("model.config", "{a: 1, a: 2}", "--model.config {a: 1, a: 2}: not YAML (key 'a' is given twice)"),
         ("seed", "-1", "r.yaml: seed is -1: expected greater than or equal to 0"),
-        ("optimizer.lr", "on", "r.yaml: optimizer.lr: found the truth value true, which no field takes"),
+        ("optimizer.lr", "on", "r.yaml: optimizer.lr: found the truth value true, which this field does not take"),
     ],
 )
 def test_a_wrong_flag_is_one_line(flag: str, text: str, message: str) -> None:

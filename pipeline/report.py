@@ -1,0 +1,46 @@
+"""What a run says of its data and its losses, in words and in the fields of `metrics.jsonl`."""
+
+from typing import Any
+
+from pipeline.data import Data
+from pipeline.engine import Losses
+
+
+def describe_data(data: Data, samples: int) -> list[str]:
+    """A line a corpus: where it is, what is planned of it, and its epochs in a run of `samples` samples."""
+    consumed = data.train.order.consumed(samples)
+    length = data.train.sequence_length
+    lines = []
+    for corpus, size, share in zip(data.corpora, data.train.sizes, consumed.tolist(), strict=True):
+        named = f"{corpus.name}: " if len(data.corpora) > 1 else ""
+        packing = corpus.plan.settings.packing
+        lines.append(
+            f"{named}{corpus.shards.folder}, {size:,} samples of {length} tokens ({packing}), {share / size:.2f} epochs"
+        )
+    return lines
+
+
+def step_values(losses: Losses, data: Data, samples: int) -> dict[str, Any]:
+    """`pair_loss` where there are pairs; and `corpora`, where there are several: of each, `loss` (null where the step
+    had none of it) and `epochs` consumed after `samples` samples."""
+    values: dict[str, Any] = {} if losses.pair_loss is None else {"pair_loss": losses.pair_loss}
+    if len(data.corpora) > 1:
+        consumed = data.train.order.consumed(samples)
+        values["corpora"] = {
+            corpus.name: {"loss": loss, "epochs": int(share) / size}
+            for corpus, loss, share, size in zip(
+                data.corpora, losses.of_corpora, consumed, data.train.sizes, strict=True
+            )
+        }
+    return values
+
+
+def validation_values(losses: Losses, data: Data) -> dict[str, Any]:
+    """`loss`, `pair_loss` where there are pairs, and `corpora`, where there are several: the loss of each."""
+    values: dict[str, Any] = {"loss": losses.loss}
+    if losses.pair_loss is not None:
+        values["pair_loss"] = losses.pair_loss
+    if len(data.corpora) > 1:
+        names = (corpus.name for corpus in data.corpora)
+        values["corpora"] = dict(zip(names, losses.of_corpora, strict=True))
+    return values
