@@ -375,3 +375,40 @@ def test_batches_made_ahead_come_in_order_and_an_error_reaches_the_loop(make_sam
     with pytest.raises(UserError, match="shard 7"):
         ahead.next()
     ahead.close()
+
+
+@pytest.mark.parametrize(
+    ("objective", "packing"), [("causal", "concatenate"), ("causal", "best_fit"), ("mlm", "best_fit")]
+)
+def test_a_document_has_the_logits_that_it_has_alone(make_samples, tiny_tokenizer, objective, packing):
+    """From the shards to the model: each document of a batch as it was packed, and as a row of its own."""
+    import torch
+
+    from pipeline.attention import document_arguments
+    from pipeline.model import build_model, make_model_config
+    from pipeline.recipe import check_recipe
+
+    sizes = {"n_layer": 2, "n_embd": 32, "n_head": 2, "n_positions": 128}
+    bert = {"base": "bert-base", "num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2}
+    raw = {
+        "objective": objective,
+        "model": {
+            "config": {"base": "demo-gpt", **sizes} if objective == "causal" else {**bert, "intermediate_size": 64}
+        },
+        "data": {"shards": "s", "tokenizer": str(tiny_tokenizer), "sequence_length": 128},
+        "training": {"global_batch_size": 1, "max_steps": 1},
+        "optimizer": {"lr": 1e-3},
+    }
+    config = make_model_config(check_recipe(raw, "test"), load_tokenizer_info(tiny_tokenizer))
+    model = build_model(config, objective, 1).eval()
+    batch = make_samples(objective, packing, length=128).batch(np.arange(4))
+    ids = torch.from_numpy(batch.input_ids.astype(np.int64))
+    boundaries = torch.from_numpy(batch.boundaries)
+    with torch.no_grad():
+        arguments = document_arguments(boundaries, batch.longest, tuple(ids.shape), config, torch.float32)
+        packed = model(input_ids=ids, **arguments).logits
+        documents = documents_of(batch)
+        assert len(documents) > len(ids)
+        for row, begin, end in documents:
+            alone = model(input_ids=ids[row : row + 1, begin:end]).logits[0]
+            torch.testing.assert_close(packed[row, begin:end], alone, rtol=1e-4, atol=2e-6)
