@@ -238,6 +238,7 @@ class ShardSet:
     vocab_size, tokenizer_fingerprint: of the tokenizer that made them; None in shards of another program, for their
         files do not say.
     end_of_document: id that ends every document; None likewise.
+    text_bytes: of the documents, in UTF-8; None likewise.
     """
 
     folder: Path
@@ -248,6 +249,7 @@ class ShardSet:
     tokenizer_fingerprint: str | None
     end_of_document: int | None
     fingerprint: str
+    text_bytes: int | None = None
 
     @staticmethod
     def open(folder: Path) -> "ShardSet":
@@ -270,6 +272,7 @@ class ShardSet:
                 tokenizer_fingerprint=content["tokenizer"]["fingerprint"],
                 end_of_document=content["tokenizer"]["end_of_document"],
                 fingerprint=files_fingerprint(manifest),
+                text_bytes=content.get("text_bytes"),
             )
         except (KeyError, TypeError) as error:
             raise UserError(f"{folder / MANIFEST_NAME} is damaged ({error!r}): tokenize again") from None

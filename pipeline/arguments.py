@@ -6,6 +6,7 @@ from pathlib import Path
 
 from data_prep.errors import UserError
 from pipeline import recipe as recipes
+from pipeline.profiling import parse_steps
 
 EXAMPLES = """\
 examples:
@@ -24,6 +25,8 @@ class Arguments:
     recipe: Path
     output_dir: Path
     resume: str
+    deterministic: bool
+    profile: range
     overrides: tuple[tuple[str, str], ...]
 
 
@@ -58,6 +61,14 @@ def _parser() -> argparse.ArgumentParser:
         metavar="auto|none|PATH",
         help="auto: go on from the newest checkpoint in --output_dir, if any; none: start anew, refuse a folder"
         " that holds checkpoints; PATH: start from that checkpoint folder (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="only kernels whose results do not vary: two runs on one machine are bitwise equal, at some cost on GPUs",
+    )
+    parser.add_argument(
+        "--profile", metavar="A:B", help="write a torch profiler trace of steps A to B to OUTPUT_DIR/profile"
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher's; LOCAL_RANK says the same
     group = parser.add_argument_group("recipe fields, each overriding the file's")
@@ -95,5 +106,7 @@ def parse_arguments(argv: list[str]) -> Arguments:
         recipe=parsed.recipe,
         output_dir=parsed.output_dir or Path("runs") / parsed.recipe.stem,
         resume=parsed.resume,
+        deterministic=parsed.deterministic,
+        profile=parse_steps(parsed.profile) if parsed.profile else range(0),
         overrides=tuple(overrides),
     )

@@ -114,11 +114,11 @@ def choose_kernel(device: "torch.device", dtype: "torch.dtype", config: "Pretrai
 
     varlen_attn is FlashAttention 2: half precision, NVIDIA's Ampere or later, head sizes that are multiples of 8, here
     up to 192 (above, its backward pass needs the large GPUs). FlexAttention takes head sizes from 16. Neither has
-    dropout.
+    dropout, nor a backward pass that gives the same bits every time, as torch's deterministic algorithms are to.
     """
     import torch
 
-    if device.type != "cuda" or _dropout(config) > 0:
+    if device.type != "cuda" or _dropout(config) > 0 or torch.are_deterministic_algorithms_enabled():
         return "SDPA"
     text = config.get_text_config()
     head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -139,6 +139,8 @@ def describe(device: "torch.device", dtype: "torch.dtype", config: "PretrainedCo
     kernel = choose_kernel(device, dtype, config)
     if device.type == "cuda" and (dropout := _dropout(config)) > 0:
         return f"document attention by {kernel} with a mask (attention dropout is {dropout:g}, others have none)"
+    if device.type == "cuda" and kernel == "SDPA":
+        return "document attention by SDPA with a mask (others are not deterministic, or do not take the head size)"
     return f"document attention by {kernel}"
 
 

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from data_prep.errors import UserError
 from pipeline.batch import BatchPlan
 from pipeline.order import Places
 from pipeline.samples import Batch, Samples
 from pipeline.stages import BatchSizes
+from pipeline.startup import RankError
 from pipeline.token_drop import TokenDrop
 
 if TYPE_CHECKING:
@@ -142,9 +144,14 @@ class Ahead:
             return moved, self._stream.record_event()
 
     def next(self) -> tuple[list[DeviceBatch], float]:
-        """The batches of the next step, and the seconds that it waited for them."""
+        """The batches of the next step, and the seconds that it waited for them.
+
+        Raises RankError where making them met a UserError, and what else it met.
+        """
         started = time.perf_counter()
         item = self._ready.get()
+        if isinstance(item, UserError):
+            raise RankError(str(item))
         if isinstance(item, BaseException):
             raise item
         batches, event = item

@@ -88,9 +88,9 @@ class Metrics:
         if not self._enabled:
             return
         self._file.write(json.dumps({"step": step, "validation": values}) + "\n")
-        self._board.add_scalar("loss/validation", values["loss"], step)
-        if "pair_loss" in values:
-            self._board.add_scalar("loss/validation_pairs", values["pair_loss"], step)
+        for name, tag in _VALIDATION_TAGS.items():
+            if name in values:
+                self._board.add_scalar(tag, values[name], step)
         for corpus, loss in values.get("corpora", {}).items():
             if loss is not None:
                 self._board.add_scalar(f"loss/validation/{corpus}", loss, step)
@@ -112,9 +112,16 @@ _TAGS = {
     "step_seconds": "throughput/step_seconds",
     "data_wait_seconds": "throughput/data_wait_seconds",
     "mfu": "throughput/mfu",
+    "memory_bytes": "memory/bytes",
 }
 
 
+_VALIDATION_TAGS = {
+    "loss": "loss/validation",
+    "pair_loss": "loss/validation_pairs",
+    "perplexity": "validation/perplexity",
+    "bits_per_byte": "validation/bits_per_byte",
+}
 _CORPUS_TAGS = {"loss": "loss/train", "epochs": "epochs"}
 
 

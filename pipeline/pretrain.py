@@ -16,7 +16,7 @@ if __name__ == "__main__":
 
 from data_prep.errors import UserError
 from pipeline.arguments import Arguments, parse_arguments
-from pipeline.startup import Interruption, Timings, leave, set_environment
+from pipeline.startup import Interruption, RankError, Timings, leave, set_environment, use_deterministic_algorithms
 
 EXIT_INTERRUPTED = 130
 
@@ -34,9 +34,12 @@ def run(arguments: Arguments, timings: Timings, interruption: Interruption) -> N
     from pipeline.ds_config import complete_ds_config, describe, precision, zero_stage
     from pipeline.loader import Ahead, step_batches, validation_batches
     from pipeline.metrics import Metrics
+    from pipeline.profiling import Profiler
     from pipeline.report import describe_data, step_values, validation_values
     from pipeline.startup import init_distributed, open_log
 
+    if arguments.deterministic:
+        use_deterministic_algorithms()
     world = init_distributed()
     output_dir = arguments.output_dir
     logger = open_log(output_dir, world.rank)
@@ -155,6 +158,7 @@ def run(arguments: Arguments, timings: Timings, interruption: Interruption) -> N
         max_steps,
         world.device,
     )
+    profiler = Profiler(arguments.profile, output_dir, world.rank)
     peak = peak_flops(world.device_name)
     started = time.perf_counter()
     try:
@@ -163,12 +167,15 @@ def run(arguments: Arguments, timings: Timings, interruption: Interruption) -> N
         timings.finished("evaluation")
         for step in range(first_step, max_steps):
             interruption.check()
+            profiler.before(step + 1)
             began = time.perf_counter()
             micro_batches, waited = ahead.next()
             rate = learning_rate(recipe, step)
             result = engine.train_step(step, micro_batches, rate)
             seconds = time.perf_counter() - began
             done = step + 1
+            if (trace := profiler.after(done, max_steps)) is not None:
+                metrics.say(f"step {done:>6}/{max_steps}  profile {trace}")
             if step == first_step:
                 timings.finished("first step")
                 metrics.say(f"start     {timings}")
@@ -186,6 +193,7 @@ def run(arguments: Arguments, timings: Timings, interruption: Interruption) -> N
                     "step_seconds": seconds,
                     "data_wait_seconds": waited,
                     "tokens_per_second": tokens / seconds,
+                    "memory_bytes": world.memory_bytes(),
                     "mfu": tokens / seconds * size.flops_a_token / (peak * world.size) if peak else None,
                     **step_values(result.losses, data, sizes.first_sample(done)),
                 }
@@ -211,7 +219,9 @@ def main(argv: list[str]) -> int:
         run(parse_arguments(argv), timings, Interruption())
     except UserError as error:
         # Every rank meets a mistake in the configuration; one line a machine says it.
-        if os.environ["LOCAL_RANK"] == "0":
+        if isinstance(error, RankError):
+            print(f"error: rank {os.environ['RANK']}: {error}", file=sys.stderr, flush=True)
+        elif os.environ["LOCAL_RANK"] == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
     except KeyboardInterrupt:

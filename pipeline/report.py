@@ -1,5 +1,6 @@
 """What a run says of its data and its losses, in words and in the fields of `metrics.jsonl`."""
 
+import math
 from typing import Any
 
 from pipeline.data import Data
@@ -36,8 +37,12 @@ def step_values(losses: Losses, data: Data, samples: int) -> dict[str, Any]:
 
 
 def validation_values(losses: Losses, data: Data) -> dict[str, Any]:
-    """`loss`, `pair_loss` where there are pairs, and `corpora`, where there are several: the loss of each."""
-    values: dict[str, Any] = {"loss": losses.loss}
+    """`loss`, `perplexity`, `bits_per_byte` of a causal model on one corpus whose text's size is known, `pair_loss`
+    where there are pairs, and `corpora`, where there are several: the loss of each."""
+    values: dict[str, Any] = {"loss": losses.loss, "perplexity": math.exp(min(losses.loss, 700.0))}
+    shards = data.corpora[0].shards
+    if len(data.corpora) == 1 and shards.text_bytes and data.corpora[0].plan.settings.objective == "causal":
+        values["bits_per_byte"] = losses.loss / math.log(2) * sum(shards.tokens) / shards.text_bytes
     if losses.pair_loss is not None:
         values["pair_loss"] = losses.pair_loss
     if len(data.corpora) > 1:

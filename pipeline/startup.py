@@ -43,6 +43,19 @@ def set_environment() -> None:
         )
 
 
+class RankError(UserError):
+    """What this rank may have met alone, such as a shard that it cannot read: it says so itself."""
+
+
+def use_deterministic_algorithms() -> None:
+    """Leaves torch the kernels whose results do not vary from run to run; before the first use of a GPU."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch's notes on reproducibility
+    import torch
+
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+
+
 class Interruption:
     """Ctrl-C, and SIGTERM, the launcher's way to stop its ranks: each raises KeyboardInterrupt where the process is.
 
@@ -107,6 +120,15 @@ class World:
         import torch
 
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+
+    def memory_bytes(self) -> int:
+        """The most memory of the GPU that tensors took so far; of a CPU rank, what the process takes now."""
+        import psutil
+        import torch
+
+        if self.device.type == "cuda":
+            return int(torch.cuda.max_memory_allocated(self.device))
+        return int(psutil.Process().memory_info().rss)
 
     def describe(self) -> str:
         return f"{self.size} x {self.device_name}, {os.environ['OMP_NUM_THREADS']} threads each"

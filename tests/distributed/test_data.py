@@ -190,6 +190,11 @@ def test_a_shard_that_is_cut_off_under_a_run_ends_it_naming_the_shard(write_reci
         raise
     assert process.returncode == 1
     (line,) = [line for line in errors.splitlines() if line.startswith("error: ")]
-    assert f"{shards}/" in line and ".bin, bytes " in line and "nothing of it is trained on" in line
+    assert (
+        line.startswith("error: rank 0: ")
+        and f"{shards}/" in line
+        and ".bin, bytes " in line
+        and "nothing of it is trained on" in line
+    )
     losses = [step["loss"] for step in metrics(tmp_path / "run")]
     assert losses and all(loss > 0 for loss in losses)

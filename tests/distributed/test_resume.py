@@ -98,3 +98,15 @@ def test_another_world_size_is_refused_with_what_to_do(finished_run):
     finished = pretrain(2, "ds_configs/zero2_fp32.json", recipe, run, check=False)
     assert finished.status != 0
     assert [line for line in finished.error_lines if "written by 1 ranks" in line]
+
+
+def test_two_deterministic_runs_are_bitwise_equal_and_profiled_steps_leave_a_trace(write_recipe, tmp_path):
+    recipe = write_recipe("mlm")
+    for name, flags in (("one", ()), ("two", ("--profile", "2:3"))):
+        pretrain(2, "ds_configs/zero2.json", recipe, tmp_path / name, "--deterministic", *flags)
+    one, two = (metrics(tmp_path / name) for name in ("one", "two"))
+    assert [[step[name] for name in NUMBERS] for step in one] == [[step[name] for name in NUMBERS] for step in two]
+    final = "checkpoints/step-00000004"
+    assert states(tmp_path / "one" / final) == states(tmp_path / "two" / final)
+    traces = {path.name for path in (tmp_path / "two" / "profile").iterdir()}
+    assert traces == {"rank_0.json.gz", "rank_1.json.gz"} and not (tmp_path / "one" / "profile").exists()

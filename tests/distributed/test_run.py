@@ -33,7 +33,7 @@ def test_metrics_have_every_field_of_every_step(finished):
     for record in steps:
         assert set(record) == {
             "step", "loss", "learning_rate", "grad_norm", "tokens", "samples", "step_seconds", "data_wait_seconds",
-            "tokens_per_second", "mfu",
+            "tokens_per_second", "memory_bytes", "mfu",
         }  # fmt: skip
         assert record["samples"] == 8 * record["step"] and record["tokens"] == 8 * 32
         assert 0 <= record["data_wait_seconds"] <= record["step_seconds"]

@@ -18,6 +18,7 @@ from pipeline.order import Places
 from pipeline.recipe import CausalSection, CurriculumSection, MaskingSection
 from pipeline.samples import IGNORED, stretch_length
 from pipeline.stages import BatchSizes
+from pipeline.startup import RankError
 from tests.made_samples import made_samples
 
 LENGTH = 32
@@ -372,7 +373,7 @@ def test_batches_made_ahead_come_in_order_and_an_error_reaches_the_loop(make_sam
         (batch,), waited = ahead.next()
         assert batch.input_ids.tolist() == make(step)[0].input_ids.tolist() and waited >= 0
         assert batch.input_ids.dtype == torch.int64
-    with pytest.raises(UserError, match="shard 7"):
+    with pytest.raises(RankError, match="shard 7"):
         ahead.next()
     ahead.close()
 
