@@ -19,11 +19,19 @@ class Metrics:
     """Writes rank 0's metrics; on other ranks every method does nothing.
 
     first_step: steps done before this start. Lines and events of later steps, which a resumed run repeats, are
-    dropped.
+    dropped. monitor: DeepSpeed's, which writes the same numbers to what the ds_config names (csv_monitor, wandb, comet,
+    a tensorboard of its own).
     """
 
     def __init__(
-        self, output_dir: Path, *, first_step: int, max_steps: int, enabled: bool, logger: logging.Logger
+        self,
+        output_dir: Path,
+        *,
+        first_step: int,
+        max_steps: int,
+        enabled: bool,
+        logger: logging.Logger,
+        monitor: Any = None,
     ) -> None:
         self._enabled = enabled
         if not enabled:
@@ -36,6 +44,7 @@ class Metrics:
             durable.write_bytes(path, b"".join(kept))
         self._file = open(path, "a", buffering=1)  # noqa: SIM115 - closed by `close`
         self._board = SummaryWriter(str(output_dir / "tensorboard"), purge_step=first_step + 1)
+        self._monitor = monitor if monitor is not None and monitor.enabled else None
         self._logger = logger
         self._last_line = time.monotonic()
         self._bar = tqdm(
@@ -55,13 +64,10 @@ class Metrics:
             return
         step = values["step"]
         self._file.write(json.dumps(values) + "\n")
-        for name, tag in _TAGS.items():
-            if values.get(name) is not None:
-                self._board.add_scalar(tag, values[name], step)
+        scalars = {tag: values.get(name) for name, tag in _TAGS.items()}
         for corpus, found in values.get("corpora", {}).items():
-            for name, value in found.items():
-                if value is not None:
-                    self._board.add_scalar(f"{_CORPUS_TAGS[name]}/{corpus}", value, step)
+            scalars |= {f"{_CORPUS_TAGS[name]}/{corpus}": value for name, value in found.items()}
+        self._scalars(step, scalars)
         rate = f"{values['tokens_per_second']:,.0f} tokens/s"
         waited = f"data wait {values['data_wait_seconds'] / values['step_seconds']:.1%}"
         self._bar.set_postfix_str(f"loss {values['loss']:.3f}, {rate}, {waited}", False)
@@ -77,6 +83,14 @@ class Metrics:
                 f"  {tqdm.format_interval(remaining)} left"
             )
 
+    def _scalars(self, step: int, scalars: dict[str, float | None]) -> None:
+        """Shows numbers by tag, where there are any."""
+        events = [(tag, value, step) for tag, value in scalars.items() if value is not None]
+        for tag, value, _ in events:
+            self._board.add_scalar(tag, value, step)
+        if self._monitor is not None:
+            self._monitor.write_events(events)
+
     def say(self, line: str) -> None:
         """A line for the terminal and the log, around the progress bar."""
         if self._enabled:
@@ -88,12 +102,10 @@ class Metrics:
         if not self._enabled:
             return
         self._file.write(json.dumps({"step": step, "validation": values}) + "\n")
-        for name, tag in _VALIDATION_TAGS.items():
-            if name in values:
-                self._board.add_scalar(tag, values[name], step)
+        scalars = {tag: values.get(name) for name, tag in _VALIDATION_TAGS.items()}
         for corpus, loss in values.get("corpora", {}).items():
-            if loss is not None:
-                self._board.add_scalar(f"loss/validation/{corpus}", loss, step)
+            scalars[f"loss/validation/{corpus}"] = loss
+        self._scalars(step, scalars)
         self.say(f"step {step:>6}/{self._max_steps}  validation loss {values['loss']:.4f}")
 
     def close(self) -> None:

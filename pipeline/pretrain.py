@@ -151,7 +151,14 @@ def run(arguments: Arguments, timings: Timings, interruption: Interruption) -> N
     def due(every_steps: int, step: int) -> bool:
         return step == max_steps or (every_steps > 0 and step % every_steps == 0)
 
-    metrics = Metrics(output_dir, first_step=first_step, max_steps=max_steps, enabled=world.is_first, logger=logger)
+    metrics = Metrics(
+        output_dir,
+        first_step=first_step,
+        max_steps=max_steps,
+        enabled=world.is_first,
+        logger=logger,
+        monitor=engine.deepspeed.monitor,
+    )
     ahead = Ahead(
         lambda step: step_batches(data.train, step, sizes, batches, world.rank, drop),
         first_step,

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from tests.distributed.ranks import ROOT, free_port, metrics, pretrain
+from tests.distributed.ranks import ROOT, ds_config_with, free_port, metrics, pretrain
 
 pytestmark = pytest.mark.ranks
 FP32 = str(ROOT / "ds_configs" / "zero2_fp32.json")
@@ -51,6 +51,19 @@ def test_tensorboard_shows_the_same_numbers(finished):
         assert shown == pytest.approx({record["step"]: record[name] for record in metrics(run)})
     assert [event.step for event in events.Scalars("loss/validation")] == [0, 2, 4]
     assert len(list((run / "tensorboard").iterdir())) == 1, "rank 0 alone writes"
+
+
+def test_what_the_ds_config_monitors_gets_the_same_numbers(finished, tmp_path):
+    recipe, _, _ = finished
+    section = {"enabled": True, "output_path": str(tmp_path), "job_name": "csv"}
+    monitored = ds_config_with(tmp_path / "ds.json", "zero2_fp32.json", csv_monitor=section)
+    pretrain(1, str(monitored), recipe, tmp_path / "run")
+    for tag, name in (("loss_train", "loss"), ("throughput_tokens_per_second", "tokens_per_second")):
+        rows = [line.split(",") for line in (tmp_path / "csv" / f"{tag}.csv").read_text().splitlines()[1:]]
+        assert {int(step): float(value) for step, value in rows} == pytest.approx(
+            {record["step"]: record[name] for record in metrics(tmp_path / "run")}
+        )
+    assert len((tmp_path / "csv" / "loss_validation.csv").read_text().splitlines()) == 4
 
 
 def test_the_terminal_says_what_runs_and_what_came_of_it(finished):
