@@ -25,6 +25,7 @@ class Arguments:
     recipe: Path
     output_dir: Path
     resume: str
+    dry_run: bool
     deterministic: bool
     profile: range
     overrides: tuple[tuple[str, str], ...]
@@ -61,6 +62,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="auto|none|PATH",
         help="auto: go on from the newest checkpoint in --output_dir, if any; none: start anew, refuse a folder"
         " that holds checkpoints; PATH: start from that checkpoint folder (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="check configuration, data, disk, network, speed and memory on every host, take a step of random tokens,"
+        " and end without training",
     )
     parser.add_argument(
         "--deterministic",
@@ -106,6 +113,7 @@ def parse_arguments(argv: list[str]) -> Arguments:
         recipe=parsed.recipe,
         output_dir=parsed.output_dir or Path("runs") / parsed.recipe.stem,
         resume=parsed.resume,
+        dry_run=parsed.dry_run,
         deterministic=parsed.deterministic,
         profile=parse_steps(parsed.profile) if parsed.profile else range(0),
         overrides=tuple(overrides),

@@ -34,6 +34,7 @@ def run(arguments: Arguments, timings: Timings, interruption: Interruption) -> N
     from pipeline.ds_config import complete_ds_config, describe, precision, zero_stage
     from pipeline.loader import Ahead, step_batches, validation_batches
     from pipeline.metrics import Metrics
+    from pipeline.preflight import check_hosts_alike, dry_run
     from pipeline.profiling import Profiler
     from pipeline.report import describe_data, step_values, validation_values
     from pipeline.startup import init_distributed, open_log
@@ -61,6 +62,7 @@ def run(arguments: Arguments, timings: Timings, interruption: Interruption) -> N
         device=world.device.type,
     )
     ds_config = complete_ds_config(ds_config, recipe, batches)
+    hosts = check_hosts_alike(world, recipe, ds_config)
     timings.finished("imports")
 
     # The data, made first where the recipe says how; and C++ ops, built ahead once a host.
@@ -109,7 +111,7 @@ def run(arguments: Arguments, timings: Timings, interruption: Interruption) -> N
     if recipe.has_boundaries:
         engine.check_isolation()
     with world.first_alone() as first:
-        if first:
+        if first and not arguments.dry_run:
             provenance.record_run(output_dir, recipe, ds_config, data, model_config.to_dict())
     timings.finished("engine")
 
@@ -123,11 +125,19 @@ def run(arguments: Arguments, timings: Timings, interruption: Interruption) -> N
     ramp = "".join(f", {size} from step {start + 1}" for start, size in sorted(sizes.stages.items()) if start)
     logger.info(f"batch     {batches}, {batches.global_batch_size * sequence_length:,} tokens a step{ramp}")
     attention = f", {describe_attention(world.device, engine.dtype, model_config)}" if recipe.has_boundaries else ""
-    logger.info(f"engine    {describe(ds_config, recipe)} on {world.describe()}{attention}")
+    on = f"{world.describe()} on {hosts} hosts" if hosts > 1 else world.describe()
+    logger.info(f"engine    {describe(ds_config, recipe)} on {on}{attention}")
     logger.info(f"run       {output_dir}, {max_steps:,} steps")
     if resume_from is not None:
         finished = "; the run is complete" if first_step >= max_steps else ""
         logger.info(f"resumed   from {resume_from}, after step {first_step}{finished}")
+
+    if arguments.dry_run:
+        for line in dry_run(world, engine, recipe, data, batches, output_dir, size.parameters):
+            logger.info(line)
+        logger.info("dry run   nothing was trained and nothing saved")
+        world.close()
+        return
 
     # The steps.
     def validate(step: int) -> None:

@@ -48,6 +48,11 @@ def git_commit() -> str | None:
     return commit.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
 
 
+def package_versions() -> dict[str, str]:
+    """Versions of the packages that a run's numbers depend on."""
+    return {name: importlib.metadata.version(name) for name in _PACKAGES}
+
+
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     if isinstance(value, dict) and value:
         return {name: leaf for key, inner in value.items() for name, leaf in _flat(inner, f"{prefix}{key}.").items()}
@@ -142,8 +147,7 @@ def record_run(
                 split: dict(zip((corpus.name for corpus in data.corpora), samples.sizes, strict=True))
                 for split, samples in (("train", data.train), ("validation", data.validation))
             },
-            "versions": {"python": platform.python_version()}
-            | {name: importlib.metadata.version(name) for name in _PACKAGES},
+            "versions": {"python": platform.python_version(), **package_versions()},
             "git_commit": git_commit(),
             "command": sys.argv,
         },

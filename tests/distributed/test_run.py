@@ -77,6 +77,20 @@ def test_the_terminal_says_what_runs_and_what_came_of_it(finished):
     assert (run / "logs" / "rank_0.log").exists() and (run / "logs" / "rank_1.log").exists()
 
 
+def test_a_dry_run_says_what_can_be_known_and_leaves_nothing(finished, tmp_path):
+    recipe, _, _ = finished
+    shown = pretrain(2, FP32, recipe, tmp_path / "dry", "--dry_run").stdout
+    for line in (
+        "shards    18 files are there",
+        "disk ",
+        "network   all-reduce of 16 MiB",
+        "ranks     a matrix product",
+    ):
+        assert line in shown
+    assert "random tokens with its update" in shown and "nothing was trained and nothing saved" in shown
+    assert {path.name for path in (tmp_path / "dry").iterdir()} == {"logs"}
+
+
 def test_old_checkpoints_are_pruned_and_all_have_final_names(finished):
     _, run, _ = finished
     names = {path.name for path in (run / "checkpoints").iterdir() if path.is_dir()}
