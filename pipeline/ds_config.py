@@ -5,6 +5,7 @@ same or leaves it out; what the recipe leaves out is taken from there.
 """
 
 import copy
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,20 +31,24 @@ _SHARED = {
 _SCHEDULES = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
 # What the loop rests on: other values would change the gradients without a word.
 _FIXED = {"managed_gradient_accumulation": True, "gradient_allreduce_op": "mean"}
-# Sections that need more than DeepSpeed's engine gets from the loop so far: they would do nothing, or do harm.
-_NOT_CARRIED_OUT = (
-    "autotuning",
-    "checkpoint",
-    "compile",
-    "data_efficiency",
-    "datastates_ckpt",
-    "expert_parallel",
-    "hybrid_engine",
-    "pipeline",
-    "sequence_parallel_size",
-    "tensor_parallel",
-    "weight_quantization",
-)
+# Sections that would do nothing here, or do harm, and why.
+_NOT_CARRIED_OUT = {
+    "activation_checkpointing": "transformers' layers do not call it; see model.activation_checkpointing in the recipe",
+    "autotuning": "it starts runs of its own, without the recipe",
+    "checkpoint": "pipeline/checkpoint.py writes whole folders with checksums",
+    "compile": "it is DeepCompile, which needs GPUs and was not tried",
+    "data_efficiency": "the recipe's data and curriculum sections say which tokens are seen when",
+    "datastates_ckpt": "pipeline/checkpoint.py writes whole folders with checksums",
+    "expert_parallel": "the experts of a layer are not spread over ranks",
+    "hybrid_engine": "it is for generation between steps",
+    "pipeline": "models are not cut into stages",
+    "sequence_parallel_size": "every rank has whole rows, and Ulysses drops the masks that keep documents apart",
+    "tensor_parallel": "every rank has rows of its own, where the ranks of such a group need the same",
+    "weight_quantization": "it is for inference",
+}
+# ZeRO++ (Wang et al. 2023): read at stage 3 only; the latter three with CUDA kernels.
+_HIERARCHICAL = "zero_hpz_partition_size"
+_QUANTIZED = ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients")
 
 
 def check_carried_out(config: Mapping[str, Any], source: str) -> None:
@@ -51,9 +56,50 @@ def check_carried_out(config: Mapping[str, Any], source: str) -> None:
     for key, needed in _FIXED.items():
         if key in config and config[key] != needed:
             raise UserError(f"{source}: {key} is {config[key]!r}, but training here needs {needed!r}; leave it out")
-    for key in _NOT_CARRIED_OUT:
+    for key, why in _NOT_CARRIED_OUT.items():
         if key in config:
-            raise UserError(f'{source}: "{key}" is not carried out by pretrain.py so far; leave it out')
+            raise UserError(f'{source}: "{key}" is not carried out by pretrain.py: {why}; leave it out')
+    autocast = config.get("torch_autocast") or {}
+    if autocast.get("enabled"):
+        if precision(config) != "fp32":
+            raise UserError(f"{source}: {precision(config)} and torch_autocast are two ways to one thing; enable one")
+        if autocast.get("dtype") not in ("bfloat16", "bf16", "torch.bfloat16"):
+            raise UserError(
+                f'{source}: torch_autocast.dtype is {autocast.get("dtype")!r}, expected "bfloat16" (in float16'
+                " DeepSpeed clips gradients that are still scaled)"
+            )
+    zero = _zero_section(config)
+    for key in (_HIERARCHICAL, *_QUANTIZED):
+        if int(zero.get(key) or 0) > (key == _HIERARCHICAL) and zero_stage(config) != 3:
+            raise UserError(
+                f"{source}: zero_optimization.{key} does nothing at stage {zero_stage(config)}; take stage 3, or leave"
+                " it out"
+            )
+
+
+def check_ranks(config: Mapping[str, Any], source: str, *, device: str, world_size: int) -> None:
+    """Raises UserError for what ranks on `device` ("cpu", "cuda"), or `world_size` of them, cannot carry out."""
+    zero = _zero_section(config)
+    if device == "cpu":
+        if precision(config) == "fp16":
+            raise UserError(f"{source}: fp16 needs a GPU; CPU ranks take a bf16 or fp32 ds_config")
+        for key in _QUANTIZED:
+            if zero.get(key):
+                raise UserError(f"{source}: zero_optimization.{key} needs a GPU; CPU ranks take ds_configs/zero3.json")
+    group = min(zero.get(_HIERARCHICAL, 1) or 1, world_size)
+    if world_size % group:
+        raise UserError(
+            f"{source}: zero_optimization.{_HIERARCHICAL} is {group}, which does not divide the {world_size} ranks;"
+            " give the number of ranks of one node"
+        )
+    for what in ("optimizer", "param"):
+        if offload_device(config, what) == "nvme":
+            path = zero[f"offload_{what}"].get("nvme_path")
+            if path is None or not os.access(path, os.W_OK | os.X_OK):
+                raise UserError(
+                    f"{source}: zero_optimization.offload_{what}.nvme_path is {path!r}, which is no folder that can be"
+                    " written to; give one on this machine's NVMe drive"
+                )
 
 
 def _leaves(config: dict[str, Any], prefix: str) -> dict[str, Any]:
@@ -83,6 +129,11 @@ def merge_into_recipe(
             raise UserError(
                 f"{config_source}: {key} cannot be taken over; state the {key.split('.')[0]} in the recipe and leave it"
                 " out of the ds_config"
+            )
+        if key == "optimizer.type" and str(value).lower() == "muon":
+            raise UserError(
+                f"{config_source}: optimizer.type is {value!r}, whose learning rate has another scale in DeepSpeed (the"
+                " recipe's is AdamW's); state the optimizer in the recipe and leave it out of the ds_config"
             )
         if key == "scheduler.type":
             if value not in _SCHEDULES:
@@ -128,10 +179,17 @@ def _equal(left: Any, right: Any) -> bool:
 
 
 def complete_ds_config(config: dict[str, Any], recipe: Recipe, batches: BatchPlan) -> dict[str, Any]:
-    """The configuration that DeepSpeed gets: the ds_config with the recipe's numbers filled in."""
+    """The configuration that DeepSpeed gets: the ds_config with the recipe's numbers filled in.
+
+    Raises UserError as `check_optimizer` does.
+    """
+    check_optimizer(config, recipe.optimizer.type)
+    # DeepSpeed knows AdamW's classes; that ours may see what ZeRO keeps is checked above.
+    ours = {"zero_allow_untested_optimizer": True} if recipe.optimizer.type != "AdamW" else {}
     return {
         "steps_per_print": 1 << 62,  # the run's own log says it
         **config,
+        **ours,
         "train_batch_size": batches.global_batch_size,
         "train_micro_batch_size_per_gpu": batches.micro_batch_size,
         "gradient_accumulation_steps": batches.gradient_accumulation_steps,
@@ -140,11 +198,16 @@ def complete_ds_config(config: dict[str, Any], recipe: Recipe, batches: BatchPla
 
 
 def precision(config: Mapping[str, Any]) -> str:
-    """The precision of the weights that the forward pass uses: "bf16", "fp16" or "fp32"."""
+    """The precision of the weights that the forward pass reads: "bf16", "fp16" or "fp32"."""
     for name in ("bf16", "fp16"):
         if (config.get(name) or {}).get("enabled"):
             return name
     return "fp32"
+
+
+def compute_precision(config: Mapping[str, Any]) -> str:
+    """The precision of matrix products and attention: that of the weights, or autocast's."""
+    return "bf16" if (config.get("torch_autocast") or {}).get("enabled") else precision(config)
 
 
 def _zero_section(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -168,8 +231,31 @@ def offload_device(config: Mapping[str, Any], what: str) -> str:
     return "cpu" if section.get(deprecated) else "none"
 
 
+def check_optimizer(config: Mapping[str, Any], optimizer: str) -> None:
+    """Raises UserError where the optimizer, by its type, cannot do its work on what the ds_config has ZeRO keep."""
+    stage, device = zero_stage(config), offload_device(config, "optimizer")
+    if optimizer == "Lamb" and stage > 0:
+        raise UserError(
+            f"optimizer.type is Lamb, whose steps need the norms of whole weights, but ZeRO stage {stage} keeps slices;"
+            " take a ds_config of stage 0 (ds_configs/zero0.json), or AdamW, Lion or Muon"
+        )
+    if optimizer != "AdamW" and device != "none":
+        raise UserError(
+            f"optimizer.type is {optimizer}, whose states stay on the device, but the ds_config offloads them to"
+            f" {device} (offload_optimizer); take a ds_config without it, or AdamW"
+        )
+    for key in ("round_robin_gradients", "parameter_alignment"):
+        if optimizer == "Muon" and stage in (1, 2) and _zero_section(config).get(key):
+            raise UserError(
+                f"optimizer.type is Muon, which finds its matrices where ZeRO puts them without"
+                f" zero_optimization.{key}; leave that key out of the ds_config, or take AdamW"
+            )
+
+
 def describe(config: Mapping[str, Any], recipe: Recipe) -> str:
     """Stage, precision and optimizer in words."""
     device = offload_device(config, "optimizer")
     offloaded = "" if device == "none" else f" offloaded to {device}"
-    return f"ZeRO {zero_stage(config)}, {precision(config)}, {recipe.optimizer.type}{offloaded}"
+    weights, products = precision(config), compute_precision(config)
+    autocast = "" if weights == products else f" with {products} autocast"
+    return f"ZeRO {zero_stage(config)}, {weights}{autocast}, {recipe.optimizer.type}{offloaded}"

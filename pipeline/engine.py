@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from data_prep.randomness import seed_of
 from pipeline.attention import check_isolation
-from pipeline.ds_config import offload_device, precision, zero_stage
+from pipeline.ds_config import compute_precision, precision, zero_stage
+from pipeline.heads import LossHead
 from pipeline.loader import DeviceBatch, to_device
-from pipeline.objective import losses
+from pipeline.objective import BatchLosses, losses
+from pipeline.optimizer import make_optimizer
 from pipeline.recipe import OptimizerSection
 from pipeline.samples import Batch
 from pipeline.startup import World
@@ -19,34 +21,6 @@ if TYPE_CHECKING:
 
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 _DROPOUT = 5  # first coordinate of the dropout seeds; see pipeline.samples for the others
-
-
-def parameter_groups(model: "torch.nn.Module", weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices and embeddings decay; biases and norms (one dimension) do not, as GPT-2's and BERT's trainings do."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [parameter for parameter in trained if parameter.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [parameter for parameter in trained if parameter.ndim < 2], "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
-
-
-def make_optimizer(
-    model: "torch.nn.Module", recipe: OptimizerSection, ds_config: dict[str, Any]
-) -> "torch.optim.Optimizer":
-    """AdamW: torch's fused kernel, which needs no C++ op to be built, or DeepSpeed's where the states are offloaded.
-
-    Its learning rate is 0 until a step sets one: DeepSpeed takes a step with zero gradients in its initialisation.
-    """
-    import torch
-
-    groups = parameter_groups(model, recipe.weight_decay)
-    common: dict[str, Any] = {"lr": 0.0, "betas": recipe.betas, "eps": recipe.eps}
-    if offload_device(ds_config, "optimizer") != "none":
-        from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-        return DeepSpeedCPUAdam(groups, adamw_mode=True, **common)
-    return torch.optim.AdamW(groups, fused=True, **common)
 
 
 @dataclass(frozen=True)
@@ -87,7 +61,8 @@ class Engine:
     """A DeepSpeed engine that takes whole optimizer steps.
 
     ds_config: complete (pipeline.ds_config.complete_ds_config). seed: of dropout, which is a pure function of (seed,
-    step, micro-batch, rank). corpora: how many the batches come from. dtype: of the weights that the forward pass uses.
+    step, micro-batch, rank). corpora: how many the batches come from. z_loss, label_smoothing: as in
+    pipeline.heads.trained_loss. dtype: that attention is computed in.
     """
 
     def __init__(
@@ -98,6 +73,9 @@ class Engine:
         world: World,
         seed: int,
         corpora: int = 1,
+        *,
+        z_loss: float = 0.0,
+        label_smoothing: float = 0.0,
     ) -> None:
         import deepspeed
         import torch
@@ -105,29 +83,30 @@ class Engine:
         self.world = world
         self._seed = seed
         self._corpora = corpora
-        self.dtype = getattr(torch, _DTYPES[precision(ds_config)])
+        self.dtype = getattr(torch, _DTYPES[compute_precision(ds_config)])
         optimizer = make_optimizer(model, recipe, ds_config)
         self.deepspeed, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=ds_config, dist_init_required=False
         )
         unsharded, in_fp32 = zero_stage(ds_config) == 0, precision(ds_config) == "fp32"
         if unsharded and not in_fp32:
-            # The step of its initialisation (FP16_UnfusedOptimizer) would count as Adam's first.
+            # The step of its initialisation (FP16_UnfusedOptimizer) would count as the first.
             optimizer.state.clear()
         # In plain data parallelism in fp32 DeepSpeed clips without keeping the norm.
         self._measures_norm = unsharded and in_fp32
+        self.head = LossHead(self.deepspeed, world.device, z_loss=z_loss, label_smoothing=label_smoothing)
 
     def check_isolation(self) -> None:
         """Raises UserError when documents of a sample see each other on this device; called on every rank."""
         check_isolation(self.deepspeed, self.world.device, self.dtype)
 
-    def _losses(self, batch: DeviceBatch) -> tuple["torch.Tensor", "torch.Tensor | None", "torch.Tensor"]:
-        """The summed loss of the target tokens, of the pairs, and both by corpus as `Losses.of` takes them."""
+    def _losses(self, batch: DeviceBatch, scale: float = 1.0) -> tuple[BatchLosses, "torch.Tensor"]:
+        """The losses, `scale` being that of what is trained, and their sums as `Losses.of` takes them."""
         import torch
 
-        of_tokens, of_pairs = losses(self.deepspeed, batch, self.dtype)
+        of_batch = losses(self.head, batch, self.dtype, scale)
         sums = torch.zeros(2, 1 + self._corpora, dtype=torch.float64, device=self.world.device)
-        found = of_tokens.detach().double()
+        found = of_batch.of_tokens.double()
         if self._corpora == 1:
             sums[0, 1], sums[1, 1] = found.sum(), found.numel()
         else:
@@ -136,11 +115,10 @@ class Engine:
             corpus = 1 + batch.corpus[row // sequence]
             sums[0].index_add_(0, corpus, found)
             sums[1].index_add_(0, corpus, torch.ones_like(found))
-        if of_pairs is None:
-            return of_tokens.sum(), None, sums
-        assert batch.pair_labels is not None
-        sums[0, 0], sums[1, 0] = of_pairs.detach().double().sum(), (batch.pair_labels >= 0).sum()
-        return of_tokens.sum(), of_pairs.sum(), sums
+        if of_batch.of_pairs is not None:
+            assert batch.pair_labels is not None
+            sums[0, 0], sums[1, 0] = of_batch.of_pairs.detach().double().sum(), (batch.pair_labels >= 0).sum()
+        return of_batch, sums
 
     def train_step(self, step: int, batches: Sequence[DeviceBatch], learning_rate: float) -> StepResult:
         """One optimizer step over this rank's micro-batches of step `step`.
@@ -162,11 +140,11 @@ class Engine:
         total = torch.zeros(2, 1 + self._corpora, dtype=torch.float64, device=self.world.device)
         for index, batch in enumerate(batches):
             torch.manual_seed(seed_of(_DROPOUT, self._seed, step, index, self.world.rank))
-            of_tokens, of_pairs, sums = self._losses(batch)
+            of_batch, sums = self._losses(batch, token_scale)
             total += sums
-            loss = of_tokens * token_scale
-            if of_pairs is not None:
-                loss = loss + of_pairs * pair_scale
+            loss = of_batch.trained
+            if of_batch.of_pairs is not None:
+                loss = loss + of_batch.of_pairs.sum() * pair_scale
             # DeepSpeed counts micro-batches by a number that a batch-size ramp changes.
             self.deepspeed.set_gradient_accumulation_boundary(index == len(batches) - 1)
             self.deepspeed.backward(loss, scale_wrt_gas=False)
@@ -194,7 +172,7 @@ class Engine:
         self.deepspeed.eval()
         with torch.no_grad():
             for batch in batches:
-                total += self._losses(to_device(batch, self.world.device))[2]
+                total += self._losses(to_device(batch, self.world.device))[1]
         self.deepspeed.train()
         distributed.all_reduce(total)
         return Losses.of(total)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from data_prep.encoding import TokenizerInfo
 from data_prep.errors import UserError, nearest
 from pipeline.attention import check_supported, first_position, register
+from pipeline.hardware import peak_flops as peak_flops  # asked for together with a model's FLOPs
 from pipeline.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -174,22 +175,3 @@ def measure_model(model: "PreTrainedModel", objective: str, sequence_length: int
     attention = 12.0 * text.num_hidden_layers * text.hidden_size * sequence_length
     matrix = parameters - looked_up
     return ModelSize(parameters, matrix, 6.0 * matrix + (attention / 2 if objective == "causal" else attention))
-
-
-# Dense bf16 peaks in FLOP/s from the makers' data sheets.
-PEAK_FLOPS = {
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "B200": 2250e12,
-    "A10": 125e12,
-    "RTX 4090": 165e12,
-}
-
-
-def peak_flops(device_name: str) -> float | None:
-    """The dense bf16 peak of a GPU by the name that CUDA gives it; None where it is not known (and on CPUs)."""
-    return next((peak for name, peak in PEAK_FLOPS.items() if name in device_name), None)

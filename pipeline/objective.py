@@ -1,8 +1,10 @@
-"""The losses of a batch: one a target token, and one a pair where a second objective asks for it."""
+"""The losses of a batch: of its target tokens, and of its pairs where a second objective asks for them."""
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from pipeline.attention import document_arguments
+from pipeline.heads import LossHead
 
 if TYPE_CHECKING:
     import torch
@@ -10,30 +12,40 @@ if TYPE_CHECKING:
     from pipeline.loader import DeviceBatch
 
 
-def losses(model: Any, batch: "DeviceBatch", dtype: "torch.dtype") -> tuple["torch.Tensor", "torch.Tensor | None"]:
-    """Cross-entropies in nats, float32: of each target token [targets], and of each pair's label [batch], 0 in rows
-    that do not count (None without pairs).
+@dataclass(frozen=True)
+class BatchLosses:
+    """Of one micro-batch, in nats, float32.
 
-    Targets are aligned with the logits for both objectives. Masked LM has one in seven: the float32 copy and the
-    softmax of the others' logits are spared. dtype: that attention is computed in.
+    trained: the sum over the target tokens of what is trained, times a scale; a scalar, with gradients.
+    of_tokens: plain cross-entropies [targets], without gradients.
+    of_pairs: of each pair's label, 0 in rows that do not count [batch], with gradients; None without pairs.
+    """
+
+    trained: "torch.Tensor"
+    of_tokens: "torch.Tensor"
+    of_pairs: "torch.Tensor | None"
+
+
+def losses(head: LossHead, batch: "DeviceBatch", dtype: "torch.dtype", scale: float = 1.0) -> BatchLosses:
+    """Runs the head's model on a batch. Targets are aligned with the positions for both objectives.
+
+    dtype: that attention is computed in. scale: of `trained` alone.
     """
     from torch.nn import functional
 
-    config = getattr(model, "module", model).config
-    batch_size, sequence = batch.input_ids.shape
-    arguments = document_arguments(batch.boundaries, batch.longest, (batch_size, sequence), config, dtype)
+    config = getattr(head.model, "module", head.model).config
+    arguments = document_arguments(batch.boundaries, batch.longest, tuple(batch.input_ids.shape), config, dtype)
     if getattr(config, "use_cache", False):
         arguments["use_cache"] = False
     if batch.token_types is not None:
         arguments["token_type_ids"] = batch.token_types
     if batch.kept_positions is not None:
         arguments["kept_positions"] = batch.kept_positions
-    output = model(input_ids=batch.input_ids, **arguments)
-    logits = (output.logits if batch.pair_labels is None else output.prediction_logits).flatten(0, 1)
-    if batch.targets is not None:
-        logits = logits.index_select(0, batch.targets)
-    of_tokens = functional.cross_entropy(logits.float(), batch.target_ids.flatten(), reduction="none")
+    trained, of_tokens, output = head(
+        batch.targets, batch.target_ids.flatten(), scale, input_ids=batch.input_ids, **arguments
+    )
     if batch.pair_labels is None:
-        return of_tokens, None
-    pairs = output.seq_relationship_logits if "seq_relationship_logits" in output else output.sop_logits
-    return of_tokens, functional.cross_entropy(pairs.float(), batch.pair_labels, reduction="none")
+        return BatchLosses(trained, of_tokens, None)
+    logits = output.seq_relationship_logits if "seq_relationship_logits" in output else output.sop_logits
+    pairs = functional.cross_entropy(logits.float(), batch.pair_labels, reduction="none")
+    return BatchLosses(trained, of_tokens, pairs)

@@ -29,9 +29,10 @@ def run(arguments: Arguments, timings: Timings, interruption: Interruption) -> N
     recipe, ds_config = resolve(arguments.recipe, arguments.overrides, arguments.deepspeed_config)
 
     from pipeline import checkpoint, ops, provenance
+    from pipeline.activation_checkpointing import check_stage
     from pipeline.batch import plan_batches
     from pipeline.data import is_missing, open_data, plan_samples, prepare, resolve_weights, wait_for_shards
-    from pipeline.ds_config import complete_ds_config, describe, precision, zero_stage
+    from pipeline.ds_config import check_ranks, complete_ds_config, describe, precision, zero_stage
     from pipeline.loader import Ahead, step_batches, validation_batches
     from pipeline.metrics import Metrics
     from pipeline.preflight import check_hosts_alike, dry_run
@@ -44,8 +45,8 @@ def run(arguments: Arguments, timings: Timings, interruption: Interruption) -> N
     world = init_distributed()
     output_dir = arguments.output_dir
     logger = open_log(output_dir, world.rank)
-    if precision(ds_config) == "fp16" and world.device.type == "cpu":
-        raise UserError(f"{arguments.deepspeed_config}: fp16 needs a GPU; CPU ranks take a bf16 or fp32 ds_config")
+    check_ranks(ds_config, str(arguments.deepspeed_config), device=world.device.type, world_size=world.size)
+    check_stage(recipe.model.activation_checkpointing, zero_stage(ds_config))
     resume_from = checkpoint.find(arguments.resume, output_dir)
     first_step = 0
     if resume_from is not None:
@@ -83,6 +84,7 @@ def run(arguments: Arguments, timings: Timings, interruption: Interruption) -> N
     timings.finished("data")
 
     # The model, and the engine that trains it.
+    from pipeline.activation_checkpointing import enable
     from pipeline.attention import describe as describe_attention
     from pipeline.engine import Engine
     from pipeline.model import build_model, make_model_config, measure_model, peak_flops
@@ -103,9 +105,19 @@ def run(arguments: Arguments, timings: Timings, interruption: Interruption) -> N
         drop = TokenDrop(
             install(model), curriculum.token_drop_start, curriculum.token_drop_steps, curriculum.token_drop_multiple
         )
+    enable(model, recipe.model.activation_checkpointing)
     size = measure_model(model, recipe.objective, recipe.data.sequence_length)
     timings.finished("model")
-    engine = Engine(model, recipe.optimizer, ds_config, world, recipe.seed, len(data.corpora))
+    engine = Engine(
+        model,
+        recipe.optimizer,
+        ds_config,
+        world,
+        recipe.seed,
+        len(data.corpora),
+        z_loss=recipe.loss.z_loss,
+        label_smoothing=recipe.loss.label_smoothing,
+    )
     if resume_from is not None:
         checkpoint.load(engine.deepspeed, resume_from, world, zero_stage=zero_stage(ds_config))
     if recipe.has_boundaries:

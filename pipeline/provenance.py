@@ -32,6 +32,7 @@ _FREE = (
     "checkpoint.",
     "data.prepare",
     "model.init_from",
+    "model.activation_checkpointing",
 )
 # Fields that may change from the step on at which a run goes on: what came before stays as it was.
 _STAGED = ("training.global_batch_size", "data.weights", "data.shards")

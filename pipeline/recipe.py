@@ -46,6 +46,11 @@ class ModelSection(_Section):
         " (one of these) and the values to change; --model.config.KEY VALUE changes one"
     )
     init_from: str | None = Field(None, description="Hugging Face model folder whose weights training starts from")
+    activation_checkpointing: Literal["none", "full", "selective"] = Field(
+        "none",
+        description="what the backward pass computes again instead of keeping: nothing, every layer, or all but its"
+        " matrix products",
+    )
 
 
 class DataSection(_Section):
@@ -120,18 +125,59 @@ class TrainingSection(_Section):
 
 
 class OptimizerSection(_Section):
-    type: Literal["AdamW"] = Field("AdamW", description="AdamW (Loshchilov & Hutter 2019)")
+    type: Literal["AdamW", "Lamb", "Lion", "Muon"] = Field(
+        "AdamW",
+        description="AdamW (Loshchilov & Hutter 2019), Lamb (You 2020; ZeRO stage 0), Lion (Chen 2023; lr 3 to 10 times"
+        " below AdamW's), or Muon (Jordan 2024) for the layers' matrices and AdamW for the rest, at AdamW's lr",
+    )
     lr: float = Field(gt=0, description="peak learning rate")
     betas: tuple[DecayRate, DecayRate] = Field((0.9, 0.999), description="decay rates of the moments")
-    eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
+    momentum: DecayRate = Field(0.95, description="decay rate of Muon's moment")
+    eps: float = Field(1e-8, gt=0, description="added to the root of the second moment (not Lion)")
     weight_decay: float = Field(0.01, ge=0, description="decoupled decay; not on biases and norms")
     gradient_clipping: float = Field(1.0, ge=0, description="largest global gradient norm; 0 turns clipping off")
 
+    @field_validator("type", mode="before")
+    @classmethod
+    def _is_offered(cls, value: Any) -> Any:
+        if str(value).lower() in ("onebitadam", "zerooneadam", "onebitlamb"):
+            raise ValueError(
+                f"found {value}, which DeepSpeed no longer has (0.19.8 is without its 1-bit optimizers); expected"
+                " AdamW, Lamb, Lion or Muon"
+            )
+        return value
+
 
 class ScheduleSection(_Section):
-    type: Literal["cosine", "linear", "constant"] = Field("cosine", description="shape of the decay after warm-up")
-    warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up from 0")
-    min_lr: float = Field(0.0, ge=0, description="learning rate at the last step")
+    type: Literal["cosine", "linear", "constant", "wsd", "inverse_sqrt", "one_cycle"] = Field(
+        "cosine",
+        description="shape after warm-up: half a cosine, a line, none, warm-up-stable-decay (Hu 2024), the inverse"
+        " square root (Vaswani 2017) or one cycle (Smith 2018)",
+    )
+    warmup_steps: int = Field(0, ge=0, description="steps of warm-up from 0 (linear; one_cycle: a cosine from lr / 25)")
+    min_lr: float = Field(0.0, ge=0, description="learning rate at the last step (inverse_sqrt: the smallest)")
+    warmup_tokens: Positive | None = Field(None, description="tokens of warm-up, instead of warmup_steps")
+    decay_steps: Positive | None = Field(None, description="steps of the decay of wsd")
+    decay_fraction: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None, description="share of the run's steps that they are, instead of decay_steps (null, without these: 0.2)"
+    )
+    decay_shape: Literal["1-sqrt", "linear"] = Field(
+        "1-sqrt", description="of the decay of wsd: 1 minus a square root (Haegele 2024), or a line"
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> "ScheduleSection":
+        if self.warmup_steps and self.warmup_tokens:
+            raise ValueError("give either schedule.warmup_steps or schedule.warmup_tokens")
+        if self.decay_steps and self.decay_fraction:
+            raise ValueError("give either schedule.decay_steps or schedule.decay_fraction")
+        of_decay = ("decay_steps", "decay_fraction", "decay_shape")
+        for name in of_decay if self.type != "wsd" else ():
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"schedule.{name} does nothing for type {self.type}; leave it out, or take wsd")
+        if self.type in ("inverse_sqrt", "one_cycle") and not (self.warmup_steps or self.warmup_tokens):
+            raise ValueError(f"schedule.type {self.type} needs a warm-up; give warmup_steps or warmup_tokens")
+        return self
 
 
 class MaskingSection(_Section):
@@ -200,6 +246,13 @@ class CurriculumSection(_Section):
         return self
 
 
+class LossSection(_Section):
+    z_loss: float = Field(0.0, ge=0, description="times log^2 Z, added to a target's loss (PaLM, section 5: 1e-4)")
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=1, description="share of the uniform distribution in the targets (Szegedy et al. 2016, section 7)"
+    )
+
+
 class EvaluationSection(_Section):
     every_steps: int = Field(1000, ge=0, description="steps between evaluations; 0: only before and after training")
     samples: Positive = Field(2048, description="held-out samples of an evaluation, at most")
@@ -223,6 +276,7 @@ class Recipe(_Section):
     masking: MaskingSection = MaskingSection()
     causal: CausalSection = CausalSection()
     curriculum: CurriculumSection = CurriculumSection()
+    loss: LossSection = LossSection()
     evaluation: EvaluationSection = EvaluationSection()
     checkpoint: CheckpointSection = CheckpointSection()
 
@@ -350,10 +404,19 @@ def override(raw: dict[str, Any], name: str, text: str) -> None:
         raw.setdefault(section, {})[field] = value
     else:
         raw[name] = value
-    # The two ways to give a run's length exclude each other: a flag for one replaces the file's other.
-    other = {"training.max_steps": "max_tokens", "training.max_tokens": "max_steps"}.get(name)
-    if other:
+    # Two ways to say one thing exclude each other: a flag for one replaces the file's other.
+    if (other := _EITHER.get(name)) is not None:
         raw[section].pop(other, None)
+
+
+_EITHER = {
+    "training.max_steps": "max_tokens",
+    "training.max_tokens": "max_steps",
+    "schedule.warmup_steps": "warmup_tokens",
+    "schedule.warmup_tokens": "warmup_steps",
+    "schedule.decay_steps": "decay_fraction",
+    "schedule.decay_fraction": "decay_steps",
+}
 
 
 def _parse(name: str, text: str) -> Any:

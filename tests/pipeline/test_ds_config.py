@@ -12,13 +12,15 @@ from pipeline import ds_config
 from pipeline.batch import BatchPlan, plan_batches
 from pipeline.ds_config import (
     check_carried_out,
+    check_ranks,
     complete_ds_config,
+    compute_precision,
     merge_into_recipe,
     offload_device,
     precision,
     zero_stage,
 )
-from pipeline.ds_config_keys import top_level_schema
+from pipeline.ds_config_keys import check_ds_config_keys, top_level_schema
 from pipeline.recipe import check_recipe
 
 DS_CONFIGS = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
@@ -155,6 +157,10 @@ def test_what_deepspeeds_schedulers_leave_to_their_defaults_has_to_be_stated(the
         ({"managed_gradient_accumulation": False}, "managed_gradient_accumulation is False, but training here needs"),
         ({"tensor_parallel": {"autotp_size": 2}}, '"tensor_parallel" is not carried out'),
         ({"compile": {"deepcompile": True}}, '"compile" is not carried out'),
+        (
+            {"activation_checkpointing": {"partition_activations": True}},
+            '"activation_checkpointing" is not carried out by pretrain.py: transformers\' layers do not call it',
+        ),
     ],
 )
 def test_what_the_loop_cannot_do_justice_to_is_refused(stated: dict[str, Any], words: str) -> None:
@@ -167,6 +173,87 @@ def test_what_the_loop_cannot_do_justice_to_is_refused(stated: dict[str, Any], w
 def test_every_key_that_is_refused_is_one_that_deepspeed_knows() -> None:
     """A name that DeepSpeed drops would stay in the table for ever."""
     assert {*ds_config._FIXED, *ds_config._NOT_CARRIED_OUT} <= set(top_level_schema())
+
+
+@pytest.mark.parametrize(
+    ("stated", "words"),
+    [
+        (
+            {"bf16": {"enabled": True}, "torch_autocast": {"enabled": True, "dtype": "bfloat16"}},
+            "bf16 and torch_autocast are two ways to one thing; enable one",
+        ),
+        (
+            {"torch_autocast": {"enabled": True, "dtype": "float16"}},
+            "torch_autocast.dtype is 'float16', expected \"bfloat16\" (in float16 DeepSpeed clips gradients that are"
+            " still scaled)",
+        ),
+        (
+            {"torch_autocast": {"enabled": True}},
+            'torch_autocast.dtype is None, expected "bfloat16" (in float16 DeepSpeed clips gradients that are still'
+            " scaled)",
+        ),
+        (
+            {"zero_optimization": {"stage": 2, "zero_hpz_partition_size": 8}},
+            "zero_optimization.zero_hpz_partition_size does nothing at stage 2; take stage 3, or leave it out",
+        ),
+        (
+            {"zero_optimization": {"stage": 1, "zero_quantized_gradients": True}},
+            "zero_optimization.zero_quantized_gradients does nothing at stage 1; take stage 3, or leave it out",
+        ),
+    ],
+)
+def test_what_deepspeed_would_pass_over_or_get_wrong_is_refused(stated: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        check_carried_out(stated, "x.json")
+    assert str(caught.value) == f"x.json: {words}"
+
+
+def test_the_defaults_of_these_keys_are_no_mistake() -> None:
+    off = {"zero_hpz_partition_size": 1, "zero_quantized_weights": False}
+    check_carried_out({"bf16": {"enabled": True}, "torch_autocast": {"enabled": False}}, "x.json")
+    check_carried_out({"zero_optimization": {"stage": 2, **off}}, "x.json")
+    check_ranks({"zero_optimization": {"stage": 3, **off}}, "x.json", device="cpu", world_size=3)
+
+
+# What ranks cannot carry out of the shipped files: CPU ranks, on a machine without /mnt/nvme.
+REFUSED = {
+    "zero2_fp16": "fp16 needs a GPU; CPU ranks take a bf16 or fp32 ds_config",
+    "zeropp": "zero_optimization.zero_quantized_weights needs a GPU; CPU ranks take ds_configs/zero3.json",
+    "zero3_offload_nvme": "zero_optimization.offload_optimizer.nvme_path is '/mnt/nvme', which is no folder that can"
+    " be written to; give one on this machine's NVMe drive",
+}
+
+
+@pytest.mark.parametrize("path", DS_CONFIGS, ids=lambda path: path.stem)
+def test_what_cpu_ranks_cannot_carry_out_is_said_before_anything_is_built(path: Path) -> None:
+    raw = json.loads(path.read_text())
+    check_carried_out(raw, path.name)
+    if path.stem not in REFUSED:
+        check_ranks(raw, path.name, device="cpu", world_size=2)
+        return
+    with pytest.raises(UserError) as caught:
+        check_ranks(raw, path.name, device="cpu", world_size=2)
+    assert str(caught.value) == f"{path.name}: {REFUSED[path.stem]}"
+
+
+def test_a_folder_on_a_drive_is_all_that_nvme_offload_asks_of_the_config(tmp_path: Path) -> None:
+    raw = json.loads((DS_CONFIGS[0].parent / "zero3_offload_nvme.json").read_text())
+    for what in ("offload_optimizer", "offload_param"):
+        raw["zero_optimization"][what]["nvme_path"] = str(tmp_path)
+    check_ranks(raw, "x.json", device="cpu", world_size=2)
+
+
+def test_the_ranks_of_a_node_have_to_divide_all_ranks() -> None:
+    raw = {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 8}}
+    check_ranks(raw, "x.json", device="cuda", world_size=4)  # DeepSpeed takes all of them
+    check_ranks(raw, "x.json", device="cuda", world_size=16)
+    with pytest.raises(UserError, match="zero_hpz_partition_size is 8, which does not divide the 12 ranks; give"):
+        check_ranks(raw, "x.json", device="cuda", world_size=12)
+
+
+def test_mics_is_refused_in_deepspeeds_words() -> None:
+    with pytest.raises(UserError, match=r'"zero_optimization\.mics_shard_size" was removed from DeepSpeed: MiCS'):
+        check_ds_config_keys({"zero_optimization": {"stage": 3, "mics_shard_size": 2}}, "x.json")
 
 
 def test_deprecated_ways_to_say_stage_and_offload_are_understood() -> None:
@@ -248,6 +335,7 @@ def test_deepspeed_reads_the_completed_config_as_we_do(path: Path, monkeypatch: 
     assert precision(raw) == (
         "bf16" if theirs.bfloat16_config.enabled else "fp16" if theirs.float16_config.enabled else "fp32"
     )
+    assert compute_precision(raw) == ("bf16" if theirs.torch_autocast_enabled else precision(raw))
     offload = theirs.zero_config.offload_optimizer
     assert offload_device(raw, "optimizer") == ("none" if offload is None else offload.device)
     assert theirs.optimizer_name is None

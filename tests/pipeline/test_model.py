@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from data_prep.encoding import SpecialTokens, TokenizerInfo
 from data_prep.errors import UserError
+from pipeline.heads import LossHead
 from pipeline.loader import DeviceBatch
 from pipeline.model import build_model, make_model_config, measure_model, peak_flops, read_model_config
 from pipeline.objective import losses
@@ -66,7 +67,7 @@ def test_any_architecture_that_transformers_knows_trains_by_its_json(values, obj
     model = build_model(config, objective, 1)
     assert config.vocab_size == 100 and config.eos_token_id == 5
     batch = batch_of(torch.randint(6, 100, (2, 16)), torch.randint(6, 100, (2, 16)))
-    loss = losses(model, batch, torch.float32)[0].sum()
+    loss = losses(LossHead(model, batch.input_ids.device), batch, torch.float32).trained
     loss.backward()
     assert torch.isfinite(loss) and any(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
 
@@ -94,9 +95,10 @@ def test_loss_is_the_sum_over_targets_in_float32(tmp_path):
         for position in range(16)
         if labels[row, position] != IGNORED
     )
-    found, pairs = losses(model, batch_of(ids, labels), torch.bfloat16)
-    assert found.dtype == torch.float32 and found.shape == (27,) and pairs is None
-    torch.testing.assert_close(found.sum(), expected)
+    found = losses(LossHead(model, ids.device), batch_of(ids, labels), torch.bfloat16)
+    assert found.of_tokens.dtype == torch.float32 and found.of_tokens.shape == (27,) and found.of_pairs is None
+    torch.testing.assert_close(found.of_tokens.sum(), expected)
+    torch.testing.assert_close(found.trained, expected)
 
 
 def test_a_batch_without_targets_has_loss_zero_and_gradients_of_zero(tmp_path):
@@ -104,7 +106,7 @@ def test_a_batch_without_targets_has_loss_zero_and_gradients_of_zero(tmp_path):
     config = make_model_config(recipe(TINY), tokenizer(tmp_path))
     model = build_model(config, "causal", 1)
     ids = torch.randint(6, 100, (2, 16))
-    loss = losses(model, batch_of(ids, torch.full((2, 16), IGNORED)), torch.float32)[0].sum()
+    loss = losses(LossHead(model, ids.device), batch_of(ids, torch.full((2, 16), IGNORED)), torch.float32).trained
     loss.backward()
     assert loss == 0
     assert all(parameter.grad is not None and not parameter.grad.any() for parameter in model.parameters())
@@ -120,13 +122,13 @@ def test_pairs_have_a_loss_of_their_own_and_rows_that_do_not_count(model_type, t
     types, turned = torch.zeros_like(ids), torch.tensor([1, IGNORED, 0])
     types[:, 9:] = 1
     batch = batch_of(ids, labels, token_types=types, pair_labels=turned)
-    of_tokens, of_pairs = losses(model, batch, torch.float32)
+    found = losses(LossHead(model, ids.device), batch, torch.float32)
     output = model(input_ids=ids, token_type_ids=types)
     head = output.seq_relationship_logits if model_type == "bert" else output.sop_logits
     expected = -functional.log_softmax(head, -1)[[0, 2], [1, 0]]
-    torch.testing.assert_close(of_pairs, torch.stack([expected[0], torch.zeros(()), expected[1]]))
+    torch.testing.assert_close(found.of_pairs, torch.stack([expected[0], torch.zeros(()), expected[1]]))
     expected = functional.cross_entropy(output.prediction_logits.flatten(0, 1), labels.flatten())
-    torch.testing.assert_close(of_tokens.mean(), expected)
+    torch.testing.assert_close(found.of_tokens.mean(), expected)
 
 
 def test_pairs_need_a_model_that_has_a_head_for_them(tmp_path):
