@@ -59,13 +59,15 @@ def use_deterministic_algorithms() -> None:
 class Interruption:
     """Ctrl-C, and SIGTERM, the launcher's way to stop its ranks: each raises KeyboardInterrupt where the process is.
 
-    Python drops an exception that comes while it runs a finalizer or a callback of a library, so the loop asks as well.
+    Python drops an exception that comes while it runs a finalizer, so the loop asks as well. A signal that a shell has
+    had ignored, as SIGINT of background jobs, stays ignored.
     """
 
     def __init__(self) -> None:
         self._signal: signal.Signals | None = None
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._received)
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._received)
 
     def _received(self, number: int, _: FrameType | None) -> None:
         self._signal = signal.Signals(number)

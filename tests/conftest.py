@@ -2,12 +2,16 @@
 
 import json
 import random
+import signal
 from pathlib import Path
 
 import pytest
 
 from data_prep import __main__ as data_prep_main
 from data_prep.tokenize import tokenize
+
+# A shell has SIGINT ignored in its background jobs, and what tests start would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TINY_DOCUMENTS = 240
 TINY_VOCABULARY = 768
