@@ -238,6 +238,12 @@ def refuse_surrogates(texts: list[str]) -> None:
             ) from None
 
 
+def vocabulary_of(raw: dict[str, Any]) -> dict[str, int]:
+    """The ids of a tokenizer.json's pieces, without added tokens."""
+    vocabulary = raw["model"].get("vocab", {})
+    return {piece: i for i, (piece, _) in enumerate(vocabulary)} if isinstance(vocabulary, list) else vocabulary
+
+
 def _checked_folder(folder: Path | str) -> Path:
     folder = Path(folder)
     if not folder.is_dir():

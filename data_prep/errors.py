@@ -1,7 +1,8 @@
 """Mistakes that the user can mend, and the words for them."""
 
 import difflib
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable
 
 
 class UserError(Exception):
@@ -9,6 +10,19 @@ class UserError(Exception):
 
     The message says what was found, what was expected, where (file, key, line, rank) and what to do.
     """
+
+
+def exit_status(command: Callable[[], int]) -> int:
+    """Runs a command that prints what it finds: its own status, 1 with one line for a UserError, and 0 without a word
+    where its reader has seen enough (`| head`)."""
+    try:
+        return command()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 0
 
 
 def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:

@@ -250,12 +250,12 @@ def _settings(arguments: argparse.Namespace, packing: str) -> PackSettings:
 
 
 def main(arguments: argparse.Namespace) -> None:
-    sets = [ShardSet.open(arguments.shards)] if not is_mixture(arguments.shards) else []
-    if not sets:
-        mixture = read_mixture(arguments.shards)
-        sets = [mixture.open(component) for component in mixture.components]
-    for shards in sets:
-        pack(shards, arguments)
+    if not is_mixture(arguments.shards):
+        pack(ShardSet.open(arguments.shards), arguments)
+        return
+    mixture = read_mixture(arguments.shards)
+    for component in mixture.components:
+        pack(mixture.open(component), arguments)
 
 
 def pack(shards: ShardSet, arguments: argparse.Namespace) -> None:

@@ -35,7 +35,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep import durable, native
-from data_prep.encoding import TOKENIZER_FILE, Encoded, Encoder
+from data_prep.encoding import TOKENIZER_FILE, Encoded, Encoder, vocabulary_of
 from data_prep.errors import UserError
 from data_prep.manifest import FileRecord
 
@@ -94,11 +94,10 @@ class PieceSizes:
         """Of the tokenizer in `folder`; None where it is of a kind whose pieces do not tell."""
         raw = json.loads((folder / TOKENIZER_FILE).read_bytes())
         model = raw["model"]
-        vocabulary = model.get("vocab", {})
-        pieces = {piece: i for i, (piece, _) in enumerate(vocabulary)} if isinstance(vocabulary, list) else vocabulary
+        pieces = vocabulary_of(raw)
         unknown = model.get("unk_token")
         if "unk_id" in model and model["unk_id"] is not None:
-            unknown = vocabulary[model["unk_id"]][0]
+            unknown = model["vocab"][model["unk_id"]][0]
         parts = json.dumps([raw.get(key) for key in ("normalizer", "pre_tokenizer", "decoder")])
         added = [token for token in raw.get("added_tokens", ()) if not token["special"]]
         size = max([*pieces.values(), *(token["id"] for token in added)], default=-1) + 1

@@ -31,6 +31,18 @@ class Arguments:
     overrides: tuple[tuple[str, str], ...]
 
 
+def add_files(parser: argparse.ArgumentParser, of_ds_config: str) -> None:
+    """Adds the flags of the two files. of_ds_config: what the command takes from the ds_config."""
+    parser.add_argument("--deepspeed_config", type=Path, required=True, metavar="JSON", help=of_ds_config)
+    parser.add_argument(
+        "--recipe",
+        type=Path,
+        default=recipes.DEFAULT_RECIPE,
+        metavar="YAML",
+        help="what is trained (default: demo-gpt)",
+    )
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="deepspeed pipeline/pretrain.py",
@@ -39,20 +51,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--deepspeed_config",
-        type=Path,
-        required=True,
-        metavar="JSON",
-        help="how it is carried out (ds_configs/)",
-    )
-    parser.add_argument(
-        "--recipe",
-        type=Path,
-        default=recipes.DEFAULT_RECIPE,
-        metavar="YAML",
-        help="what is trained (default: demo-gpt)",
-    )
+    add_files(parser, "how it is carried out (ds_configs/)")
     parser.add_argument(
         "--output_dir", type=Path, metavar="D", help="folder of the run (default: runs/<recipe's name>)"
     )

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from pipeline.hardware import Gpu
+from pipeline.heads import ROWS_OF_GPUS
 
 if TYPE_CHECKING:
     import torch
@@ -21,8 +22,6 @@ FP32 = 4
 WEIGHT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 # Moments a parameter, in float32. Muon's matrices have one, what it leaves to AdamW two: counted as two.
 MOMENTS = {"AdamW": 2, "Lamb": 2, "Lion": 1, "Muon": 2}
-# Rows of logits at a time in pipeline.heads on a GPU.
-CHUNK_ROWS = 2048
 # Elements that the engine reduces at a time outside ZeRO 2 and 3 (runtime/engine.py, MEMORY_OPT_ALLREDUCE_SIZE).
 ENGINE_BUCKET = 500_000_000
 # Norms are taken in float64 (runtime/utils.py, get_norm_dtype), one tensor at a time.
@@ -406,12 +405,12 @@ def working_memory(shape: ModelShape, tokens: int, element_bytes: int) -> int:
 
 
 def loss_memory(shape: ModelShape, targets: int, element_bytes: int) -> int:
-    """Bytes of a micro-batch's loss at the worst moment (pipeline.heads): CHUNK_ROWS rows of logits with their softmax,
+    """Bytes of a micro-batch's loss at the worst moment (pipeline.heads): ROWS_OF_GPUS rows of logits and softmax,
     hidden states and gradients of the targets, and the output matrix's gradient in float32.
 
     targets: positions of the micro-batch that have a loss.
     """
-    chunk = min(CHUNK_ROWS, targets) * shape.vocabulary
+    chunk = min(ROWS_OF_GPUS, targets) * shape.vocabulary
     matrix = FP32 * shape.vocabulary * shape.hidden
     return 2 * element_bytes * targets * shape.hidden + matrix + (element_bytes + 2 * FP32) * chunk
 

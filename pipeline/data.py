@@ -138,7 +138,7 @@ def _samples(recipe: Recipe, corpora: tuple[Corpus, ...], tokenizer: TokenizerIn
         causal=causal,
         curriculum=recipe.curriculum,
         word_starts=word_starts(folder) if masking.unit != "token" else None,
-        further_special=tuple(special_ids(folder).tolist()),
+        further_special=tuple(special_ids(folder).tolist()) if recipe.objective == "mlm" else (),
         sentinels=find_sentinels(folder, prefix=causal.fim_prefix, middle=causal.fim_middle, suffix=causal.fim_suffix)
         if causal.fim_rate
         else None,

@@ -197,6 +197,10 @@ def complete_ds_config(config: dict[str, Any], recipe: Recipe, batches: BatchPla
     }
 
 
+TORCH_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+"""torch's name for each precision."""
+
+
 def precision(config: Mapping[str, Any]) -> str:
     """The precision of the weights that the forward pass reads: "bf16", "fp16" or "fp32"."""
     for name in ("bf16", "fp16"):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from data_prep.randomness import seed_of
 from pipeline.attention import check_isolation
-from pipeline.ds_config import compute_precision, precision, zero_stage
+from pipeline.ds_config import TORCH_DTYPES, compute_precision, precision, zero_stage
 from pipeline.heads import LossHead
 from pipeline.loader import DeviceBatch, to_device
 from pipeline.objective import BatchLosses, losses
@@ -19,7 +19,6 @@ from pipeline.startup import World
 if TYPE_CHECKING:
     import torch
 
-_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 _DROPOUT = 5  # first coordinate of the dropout seeds; see pipeline.samples for the others
 
 
@@ -83,7 +82,7 @@ class Engine:
         self.world = world
         self._seed = seed
         self._corpora = corpora
-        self.dtype = getattr(torch, _DTYPES[compute_precision(ds_config)])
+        self.dtype = getattr(torch, TORCH_DTYPES[compute_precision(ds_config)])
         optimizer = make_optimizer(model, recipe, ds_config)
         self.deepspeed, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=ds_config, dist_init_required=False

@@ -16,6 +16,7 @@ from data_prep import durable
 from data_prep.encoding import load_tokenizer_info, tokenizer_files
 from data_prep.errors import UserError
 from pipeline import checkpoint
+from pipeline.ds_config import TORCH_DTYPES
 from pipeline.metrics import read_validation
 from pipeline.model import auto_class
 from pipeline.provenance import RUN_NAME, TOKENIZER_FOLDER, read_run
@@ -29,7 +30,6 @@ examples:
   python -m pipeline.export --checkpoint runs/demo-gpt --output_dir exported/demo-gpt
   python -m pipeline.export --checkpoint runs/demo-gpt/checkpoints/step-00000100 --output_dir step100 --dtype fp32
 """
-_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -48,7 +48,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--output_dir", type=Path, required=True, metavar="H", help="folder to write; must not exist")
     parser.add_argument(
-        "--dtype", choices=_DTYPES, help="precision of the weights (default: the one that the model was trained in)"
+        "--dtype",
+        choices=TORCH_DTYPES,
+        help="precision of the weights (default: the one that the model was trained in)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace --output_dir if it is an exported model")
     return parser
@@ -97,7 +99,7 @@ def export(checkpoint_dir: Path, output_dir: Path, dtype: str | None = None, *, 
     recipe = check_recipe(run["recipe"], str(run_dir / RUN_NAME))
     objective = recipe.objective
     auto = auto_class(objective, recipe.pack_settings.is_pairs)
-    torch_dtype = getattr(torch, _DTYPES[dtype or info.precision])
+    torch_dtype = getattr(torch, TORCH_DTYPES[dtype or info.precision])
     values = dict(run["model_config"])
     config = AutoConfig.for_model(values.pop("model_type"), **values)
     with torch.device("meta"):

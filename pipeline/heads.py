@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 # more than 1,024 the logits leave the cache. GPUs: 0.6 GB at 50,257 words, where adding up the weight's gradient moves
 # a fifth of the bytes of a chunk's softmax; not measured.
 _ROWS = {"cpu": 512}
-_ROWS_OF_GPUS = 2048
+ROWS_OF_GPUS = 2048
 
 
 def linear_cross_entropy(
@@ -48,7 +48,7 @@ def linear_cross_entropy(
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    rows = _ROWS.get(hidden.device.type, _ROWS_OF_GPUS) if rows is None else rows
+    rows = _ROWS.get(hidden.device.type, ROWS_OF_GPUS) if rows is None else rows
     with torch.autocast(hidden.device.type, enabled=False):
         function = _linear_cross_entropy()
         options = (scale, z_loss, label_smoothing, rows, torch.is_grad_enabled())

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from data_prep.encoding import TokenizerInfo
 from data_prep.errors import UserError, nearest
 from pipeline.attention import check_supported, first_position, register
-from pipeline.hardware import peak_flops as peak_flops  # asked for together with a model's FLOPs
 from pipeline.recipe import Recipe
 
 if TYPE_CHECKING:

@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from data_prep import durable
 from data_prep.encoding import SpecialTokens, TokenizerInfo, load_tokenizer_info
-from data_prep.errors import UserError, nearest
+from data_prep.errors import UserError, exit_status, nearest
 from pipeline import costs
-from pipeline import recipe as recipes
-from pipeline.arguments import parse_arguments
+from pipeline.arguments import add_files, parse_arguments
 from pipeline.costs import Batch, Communication, ModelShape, StateMemory, StepTime, Zero
 from pipeline.hardware import GPUS, Gpu
 
@@ -80,20 +79,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--recipe",
-        type=Path,
-        default=recipes.DEFAULT_RECIPE,
-        metavar="YAML",
-        help="what is trained (default: demo-gpt)",
-    )
-    parser.add_argument(
-        "--deepspeed_config",
-        type=Path,
-        required=True,
-        metavar="JSON",
-        help="precision, buckets and stage to start from (ds_configs/)",
-    )
+    add_files(parser, "precision, buckets and stage to start from (ds_configs/)")
     parser.add_argument("--nodes", type=_count, default=1, metavar="N", help="machines (default: %(default)s)")
     parser.add_argument(
         "--gpus_per_node", type=_count, default=8, metavar="G", help="GPUs of each, a rank a GPU (default: %(default)s)"
@@ -204,8 +190,7 @@ def batch_of(recipe: "Recipe") -> Batch:
     rate = recipe.masking.probability
     masked = max(rate.values()) if isinstance(rate, dict) else rate
     share = 1.0 if recipe.objective == "causal" else masked
-    checkpointing = getattr(recipe.model, "activation_checkpointing", "none")
-    return Batch(recipe.data.sequence_length, share, checkpointing)
+    return Batch(recipe.data.sequence_length, share, recipe.model.activation_checkpointing)
 
 
 def way(shape: ModelShape, zero: Zero, batch: Batch, cluster: Cluster, global_batch_size: int, mfu: float) -> Way:
@@ -492,33 +477,31 @@ def plan(
 
 def main(argv: list[str]) -> int:
     parsed, others = _parser().parse_known_args(argv)
-    try:
-        card(parsed.gpu)
-        # The rest is pretrain.py's command line: fields of the recipe.
-        command = parse_arguments(
-            ["--deepspeed_config", str(parsed.deepspeed_config), "--recipe", str(parsed.recipe), *others]
-        )
-        from pipeline.configuration import resolve
+    return exit_status(lambda: _show(parsed, others))
 
-        recipe, ds_config = resolve(command.recipe, command.overrides, command.deepspeed_config)
-        lines, chosen = plan(recipe, ds_config, parsed.gpu, parsed.nodes, parsed.gpus_per_node, parsed.mfu)
-        for line in lines:
-            print(line)
-        if chosen is None:
-            return 1
-        if parsed.write is None:
-            print(json.dumps(chosen, indent=2))
-        else:
-            try:
-                durable.write_json(parsed.write, chosen)
-            except OSError as error:
-                raise UserError(f"--write {parsed.write}: {error.strerror}; give another path") from None
-            print(f"written   {parsed.write}")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+
+def _show(parsed: argparse.Namespace, others: list[str]) -> int:
+    """Prints the plan; 1 where nothing fits. others: pretrain.py's command line, the fields of the recipe."""
+    card(parsed.gpu)
+    command = parse_arguments(
+        ["--deepspeed_config", str(parsed.deepspeed_config), "--recipe", str(parsed.recipe), *others]
+    )
+    from pipeline.configuration import resolve
+
+    recipe, ds_config = resolve(command.recipe, command.overrides, command.deepspeed_config)
+    lines, chosen = plan(recipe, ds_config, parsed.gpu, parsed.nodes, parsed.gpus_per_node, parsed.mfu)
+    for line in lines:
+        print(line)
+    if chosen is None:
         return 1
-    except BrokenPipeError:  # `| head` has seen enough
-        sys.stderr.close()
+    if parsed.write is None:
+        print(json.dumps(chosen, indent=2))
+        return 0
+    try:
+        durable.write_json(parsed.write, chosen)
+    except OSError as error:
+        raise UserError(f"--write {parsed.write}: {error.strerror}; give another path") from None
+    print(f"written   {parsed.write}")
     return 0
 
 

@@ -87,7 +87,8 @@ def run(arguments: Arguments, timings: Timings, interruption: Interruption) -> N
     from pipeline.activation_checkpointing import enable
     from pipeline.attention import describe as describe_attention
     from pipeline.engine import Engine
-    from pipeline.model import build_model, make_model_config, measure_model, peak_flops
+    from pipeline.hardware import peak_flops
+    from pipeline.model import build_model, make_model_config, measure_model
     from pipeline.schedule import learning_rate
     from pipeline.token_drop import TokenDrop, install
 

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.encoding import Encoder
-from data_prep.errors import UserError
+from data_prep.errors import UserError, exit_status
 
 EXAMPLES = """\
 examples:
@@ -161,15 +161,13 @@ def describe(found: dict[str, Any]) -> str:
 
 def main(argv: list[str]) -> int:
     arguments = _parser().parse_args(argv)
-    try:
+
+    def show() -> int:
         for found in traced(arguments.output_dir, arguments.step, arguments.sample, text=arguments.text):
             print(json.dumps(found, ensure_ascii=False) if arguments.json else describe(found))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except BrokenPipeError:  # `| head` has seen enough
-        sys.stderr.close()
-    return 0
+        return 0
+
+    return exit_status(show)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.encoding import TOKENIZER_FILE
+from data_prep.encoding import TOKENIZER_FILE, vocabulary_of
 from data_prep.errors import UserError
 
 _SPACE = "\u2581"  # sentencepiece's mark for a space
@@ -48,8 +48,7 @@ def word_starts(folder: Path) -> NDArray[np.bool_]:
     Raises UserError for a tokenizer whose pieces do not tell.
     """
     raw = json.loads((folder / TOKENIZER_FILE).read_bytes())
-    vocabulary = raw["model"].get("vocab", {})
-    pieces = {piece: i for i, (piece, _) in enumerate(vocabulary)} if isinstance(vocabulary, list) else vocabulary
+    pieces = vocabulary_of(raw)
     added = {token["id"] for token in raw.get("added_tokens", ())}
     begins_word = _rule(raw, folder)
     begins = np.ones(max([*pieces.values(), *added], default=-1) + 1, dtype=bool)

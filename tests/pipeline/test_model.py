@@ -8,9 +8,10 @@ from torch.nn import functional
 
 from data_prep.encoding import SpecialTokens, TokenizerInfo
 from data_prep.errors import UserError
+from pipeline.hardware import peak_flops
 from pipeline.heads import LossHead
 from pipeline.loader import DeviceBatch
-from pipeline.model import build_model, make_model_config, measure_model, peak_flops, read_model_config
+from pipeline.model import build_model, make_model_config, measure_model, read_model_config
 from pipeline.objective import losses
 from pipeline.recipe import check_recipe
 from pipeline.samples import IGNORED
