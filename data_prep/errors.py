@@ -13,8 +13,9 @@ class UserError(Exception):
 
 
 def exit_status(command: Callable[[], int]) -> int:
-    """Runs a command that prints what it finds: its own status, 1 with one line for a UserError, and 0 without a word
-    where its reader has seen enough (`| head`)."""
+    """Runs a command that prints what it finds: its own status, 1 with one line for a UserError or what the system
+    refuses (no such file, a full disk), 130 for Ctrl-C, and 0 without a word where its reader has seen enough
+    (`| head`)."""
     try:
         return command()
     except UserError as error:
@@ -23,6 +24,11 @@ def exit_status(command: Callable[[], int]) -> int:
     except BrokenPipeError:
         sys.stderr.close()
         return 0
+    except OSError as error:
+        print(f"error: {error.strerror or error}{f' ({error.filename})' if error.filename else ''}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
 
 
 def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:

@@ -85,13 +85,12 @@ def make_model_config(recipe: Recipe, tokenizer: TokenizerInfo) -> "PretrainedCo
         raise UserError(f"data.packing is {recipe.data.packing}, which transformers has no {model_type} model for")
     if recipe.has_boundaries:
         check_supported(config)
-    positions = next((getattr(config, name) for name in _POSITIONS if getattr(config, name, None)), None)
-    first = first_position(config)
-    if positions is not None and recipe.data.sequence_length > positions - first:
+    longest, first = longest_input(config), first_position(config)
+    if recipe.data.sequence_length > longest:
         kept = f", of which it keeps the first {first} for padding" if first else ""
         raise UserError(
-            f"data.sequence_length is {recipe.data.sequence_length}, but the model has {positions} positions{kept}"
-            f" ({model_type}); shorten the samples or raise the model's positions"
+            f"data.sequence_length is {recipe.data.sequence_length}, but the model has {longest + first}"
+            f" positions{kept} ({model_type}); shorten the samples or raise the model's positions"
         )
     if config.vocab_size < tokenizer.vocab_size:
         raise UserError(
@@ -99,6 +98,13 @@ def make_model_config(recipe: Recipe, tokenizer: TokenizerInfo) -> "PretrainedCo
             " tokenizer that the model came with"
         )
     return config
+
+
+def longest_input(config: "PretrainedConfig") -> int:
+    """Tokens that a model of this configuration takes at once; 2^30 where its positions have no end."""
+    text = config.get_text_config()
+    positions = next((getattr(text, name) for name in _POSITIONS if getattr(text, name, None)), 1 << 30)
+    return int(positions) - first_position(config)
 
 
 def _has_pair_head(config: "PretrainedConfig") -> bool:
