@@ -181,9 +181,10 @@ def _equal(left: Any, right: Any) -> bool:
 def complete_ds_config(config: dict[str, Any], recipe: Recipe, batches: BatchPlan) -> dict[str, Any]:
     """The configuration that DeepSpeed gets: the ds_config with the recipe's numbers filled in.
 
-    Raises UserError as `check_optimizer` does.
+    Raises UserError as `check_optimizer` and `check_average` do.
     """
     check_optimizer(config, recipe.optimizer.type)
+    check_average(config, recipe.optimizer.ema_decay)
     # DeepSpeed knows AdamW's classes; that ours may see what ZeRO keeps is checked above.
     ours = {"zero_allow_untested_optimizer": True} if recipe.optimizer.type != "AdamW" else {}
     return {
@@ -254,6 +255,21 @@ def check_optimizer(config: Mapping[str, Any], optimizer: str) -> None:
                 f"optimizer.type is Muon, which finds its matrices where ZeRO puts them without"
                 f" zero_optimization.{key}; leave that key out of the ds_config, or take AdamW"
             )
+
+
+def check_average(config: Mapping[str, Any], ema_decay: float | None) -> None:
+    """Raises UserError where the average of the weights cannot be kept with what ZeRO keeps of the optimizer.
+
+    DeepSpeed's swapper moves the states it knows to NVMe; below a ratio of 1 a second optimizer updates the rest.
+    """
+    device = offload_device(config, "optimizer")
+    ratio = (_zero_section(config).get("offload_optimizer") or {}).get("ratio", 1.0)
+    if ema_decay is not None and (device == "nvme" or ratio < 1):
+        raise UserError(
+            f"optimizer.ema_decay is {ema_decay}, but the ds_config's offload_optimizer (device {device}, ratio"
+            f" {ratio:g}) keeps states where the average cannot be kept; take device cpu with ratio 1, none, or leave"
+            " ema_decay out"
+        )
 
 
 def describe(config: Mapping[str, Any], recipe: Recipe) -> str:

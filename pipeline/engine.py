@@ -1,11 +1,13 @@
 """The DeepSpeed engine of a run: optimizer, precision, and steps whose gradients are the global batch's."""
 
+import contextlib
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from data_prep.randomness import seed_of
+from pipeline import ema
 from pipeline.attention import check_isolation
 from pipeline.ds_config import TORCH_DTYPES, compute_precision, precision, zero_stage
 from pipeline.heads import LossHead
@@ -60,8 +62,8 @@ class Engine:
     """A DeepSpeed engine that takes whole optimizer steps.
 
     ds_config: complete (pipeline.ds_config.complete_ds_config). seed: of dropout, which is a pure function of (seed,
-    step, micro-batch, rank). corpora: how many the batches come from. z_loss, label_smoothing: as in
-    pipeline.heads.trained_loss. dtype: that attention is computed in.
+    step, micro-batch, rank). corpora: how many the batches come from. vocabulary: of the model without padding.
+    z_loss, label_smoothing: as in pipeline.heads.trained_loss. dtype: that attention is computed in.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class Engine:
         seed: int,
         corpora: int = 1,
         *,
+        vocabulary: int | None = None,
         z_loss: float = 0.0,
         label_smoothing: float = 0.0,
     ) -> None:
@@ -91,9 +94,14 @@ class Engine:
         if unsharded and not in_fp32:
             # The step of its initialisation (FP16_UnfusedOptimizer) would count as the first.
             optimizer.state.clear()
+        self._optimizer = optimizer
+        if recipe.ema_decay is not None:
+            ema.keep_average(optimizer, recipe.ema_decay)
         # In plain data parallelism in fp32 DeepSpeed clips without keeping the norm.
         self._measures_norm = unsharded and in_fp32
-        self.head = LossHead(self.deepspeed, world.device, z_loss=z_loss, label_smoothing=label_smoothing)
+        self.head = LossHead(
+            self.deepspeed, world.device, vocabulary=vocabulary, z_loss=z_loss, label_smoothing=label_smoothing
+        )
 
     def check_isolation(self) -> None:
         """Raises UserError when documents of a sample see each other on this device; called on every rank."""
@@ -161,6 +169,14 @@ class Engine:
         from torch.nn.utils import get_total_norm
 
         return get_total_norm([p.grad for p in self.deepspeed.module.parameters() if p.grad is not None])
+
+    def check_average(self) -> None:
+        """Raises UserError when a checkpoint has restored states without the average of the weights."""
+        ema.check_average(self._optimizer)
+
+    def averaged_weights(self) -> "contextlib.AbstractContextManager[None]":
+        """While open, the model computes with the average of its weights (pipeline.ema); opened on every rank."""
+        return ema.averaged(self.deepspeed, self._optimizer)
 
     def evaluate(self, batches: Iterable[Batch]) -> Losses:
         """Losses over the batches of all ranks (each rank gives equally many)."""

@@ -17,10 +17,12 @@ from data_prep.encoding import load_tokenizer_info, tokenizer_files
 from data_prep.errors import UserError
 from pipeline import checkpoint
 from pipeline.ds_config import TORCH_DTYPES
+from pipeline.ema import ema_weights
 from pipeline.metrics import read_validation
 from pipeline.model import auto_class
 from pipeline.provenance import RUN_NAME, TOKENIZER_FOLDER, read_run
 from pipeline.recipe import check_recipe
+from pipeline.vocabulary import strip_padding
 
 if TYPE_CHECKING:
     import torch
@@ -52,6 +54,9 @@ def _parser() -> argparse.ArgumentParser:
         choices=TORCH_DTYPES,
         help="precision of the weights (default: the one that the model was trained in)",
     )
+    parser.add_argument(
+        "--ema", action="store_true", help="the moving average of the weights (optimizer.ema_decay), not the last ones"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace --output_dir if it is an exported model")
     return parser
 
@@ -79,8 +84,17 @@ def read_weights(folder: Path, zero_stage: int) -> dict[str, "torch.Tensor"]:
         return dict(get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name))
 
 
-def export(checkpoint_dir: Path, output_dir: Path, dtype: str | None = None, *, overwrite: bool = False) -> Path:
+def export(
+    checkpoint_dir: Path,
+    output_dir: Path,
+    dtype: str | None = None,
+    *,
+    overwrite: bool = False,
+    averaged: bool = False,
+) -> Path:
     """Writes the Hugging Face folder `output_dir` and returns the checkpoint that it came from.
+
+    averaged: of the moving average of the weights.
 
     The folder is read back by plain transformers and compared, tensor by tensor, before it gets its name; a model
     that `overwrite` replaces is kept until then. Raises UserError for a missing or damaged checkpoint, or an output
@@ -104,7 +118,11 @@ def export(checkpoint_dir: Path, output_dir: Path, dtype: str | None = None, *, 
     config = AutoConfig.for_model(values.pop("model_type"), **values)
     with torch.device("meta"):
         model = auto.from_config(config, dtype=torch_dtype)
-    weights = {name: tensor.to(torch_dtype) for name, tensor in read_weights(folder, info.zero_stage).items()}
+    read = read_weights(folder, info.zero_stage)
+    if averaged:
+        read |= ema_weights(folder, info.zero_stage, model, recipe.optimizer)
+    stored = strip_padding(read, model.state_dict())
+    weights = {name: tensor.to(torch_dtype) for name, tensor in stored.items()}
     try:
         with durable.replacing_folder(output_dir, overwrite=overwrite) as temporary:
             model.save_pretrained(temporary, state_dict=dict(weights))
@@ -182,7 +200,13 @@ The recipe:
 def main(argv: list[str]) -> int:
     arguments = _parser().parse_args(argv)
     try:
-        folder = export(arguments.checkpoint, arguments.output_dir, arguments.dtype, overwrite=arguments.overwrite)
+        folder = export(
+            arguments.checkpoint,
+            arguments.output_dir,
+            arguments.dtype,
+            overwrite=arguments.overwrite,
+            averaged=arguments.ema,
+        )
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -34,6 +34,7 @@ def linear_cross_entropy(
     scale: float = 1.0,
     z_loss: float = 0.0,
     label_smoothing: float = 0.0,
+    vocabulary: int | None = None,
     rows: int | None = None,
 ) -> "tuple[torch.Tensor, torch.Tensor]":
     """`scale` times the sum of what is trained, as `trained_loss` defines it (float32, differentiable once), and the
@@ -41,7 +42,8 @@ def linear_cross_entropy(
 
     hidden [targets, width], weight [vocabulary, width], bias [vocabulary], target_ids int64 [targets]. Softmax and the
     sums over chunks are in float32. scale: what backward would multiply with; given here, it is part of the matrix
-    products and costs no rounding of its own. rows: of logits held at once.
+    products and costs no rounding of its own. vocabulary: rows of the weight that count; those behind them are padding,
+    which the softmax leaves out. rows: of logits held at once.
     """
     import torch
 
@@ -51,7 +53,7 @@ def linear_cross_entropy(
     rows = _ROWS.get(hidden.device.type, ROWS_OF_GPUS) if rows is None else rows
     with torch.autocast(hidden.device.type, enabled=False):
         function = _linear_cross_entropy()
-        options = (scale, z_loss, label_smoothing, rows, torch.is_grad_enabled())
+        options = (scale, z_loss, label_smoothing, vocabulary, rows, torch.is_grad_enabled())
         total, losses = function.apply(hidden, weight, bias, target_ids, *options)
     return total, losses
 
@@ -90,7 +92,7 @@ def _linear_cross_entropy() -> Any:
             factor = factor * 2.0**ctx.exponent
             gradients = ctx.gradients
             del ctx.gradients  # they are changed in place: a second backward pass is to fail
-            return *(None if one is None else one.mul_(factor).to(ctx.dtype) for one in gradients), *(None,) * 6
+            return *(None if one is None else one.mul_(factor).to(ctx.dtype) for one in gradients), *(None,) * 7
 
     return LinearCrossEntropy
 
@@ -103,6 +105,7 @@ def _chunked(
     scale: float,
     z_loss: float,
     label_smoothing: float,
+    vocabulary: int | None,
     rows: int,
     with_gradients: bool,
 ) -> "tuple[torch.Tensor, torch.Tensor, int, tuple[torch.Tensor | None, ...]]":
@@ -110,15 +113,16 @@ def _chunked(
     and bias, divided by 2^exponent: what is left of `scale` is between 1/2 and 1, so that float16 loses none."""
     import torch
 
-    targets, vocabulary, dtype, device = len(hidden), len(weight), hidden.dtype, hidden.device
+    targets, padded, dtype, device = len(hidden), len(weight), hidden.dtype, hidden.device
+    vocabulary = vocabulary or padded
     mantissa, exponent = math.frexp(scale)
     chunks = max(1, -(-targets // rows))
     rows = -(-targets // chunks)
     losses = torch.empty(targets, dtype=torch.float32, device=device)
     total = torch.zeros((), dtype=torch.float32, device=device)
     # Kept from chunk to chunk: on CPUs fresh pages cost more than what is computed in them.
-    logits = torch.empty(rows, vocabulary, dtype=dtype, device=device)
-    shares = logits if dtype == torch.float32 else torch.empty(rows, vocabulary, dtype=torch.float32, device=device)
+    logits = torch.empty(rows, padded, dtype=dtype, device=device)
+    shares = logits if dtype == torch.float32 else torch.empty(rows, padded, dtype=torch.float32, device=device)
     of_hidden, of_weight, of_bias, product = None, None, None, None
     if with_gradients:
         of_hidden = torch.empty_like(hidden)
@@ -135,8 +139,9 @@ def _chunked(
             torch.addmm(bias, inputs, weight.t(), out=low)
         if full is not low:
             full.copy_(low)
+        full[:, vocabulary:] = -math.inf  # shares and gradients of exactly 0
         of_targets, highest = full.gather(1, ids), full.amax(1, keepdim=True)
-        mean = full.mean(1, keepdim=True) if label_smoothing else None
+        mean = full[:, :vocabulary].mean(1, keepdim=True) if label_smoothing else None
         torch.softmax(full, 1, out=full)
         # The highest logit's share is 1 / sum(exp(logits - highest)): half the time of log_softmax and exp.
         log_z = highest - full.amax(1, keepdim=True).log()
@@ -150,7 +155,7 @@ def _chunked(
         if z_loss:
             full.mul_(1 + 2 * z_loss * log_z)
         if label_smoothing:
-            full.sub_(label_smoothing / vocabulary)
+            full[:, :vocabulary].sub_(label_smoothing / vocabulary)
         full.scatter_add_(1, ids, torch.full_like(of_targets, label_smoothing - 1))
         if of_bias is not None:
             of_bias.add_(full.sum(0), alpha=mantissa)
@@ -170,16 +175,24 @@ class LossHead:
     weights and their names, the model stays what it was.
 
     model: of transformers, or the engine around it; all ranks make theirs together, since that runs the model twice.
-    device: that it computes on. z_loss, label_smoothing: as in `trained_loss`. selects: hidden states are taken at the
+    device: that it computes on. vocabulary: logits that count, where those behind them are padding. z_loss,
+    label_smoothing: as in `trained_loss`. selects: hidden states are taken at the
     targets before the head. fuses: no logits leave the output projection.
     """
 
     def __init__(
-        self, model: Any, device: "torch.device", *, z_loss: float = 0.0, label_smoothing: float = 0.0
+        self,
+        model: Any,
+        device: "torch.device",
+        *,
+        vocabulary: int | None = None,
+        z_loss: float = 0.0,
+        label_smoothing: float = 0.0,
     ) -> None:
         from torch import nn
 
         self.model = model
+        self.vocabulary = vocabulary
         self._z_loss, self._label_smoothing = z_loss, label_smoothing
         # Of the call that is running.
         self._targets: torch.Tensor | None = None
@@ -222,7 +235,7 @@ class LossHead:
         logits = output[0].flatten(0, 1)
         if targets is not None and not selects:
             logits = logits.index_select(0, targets)
-        logits = logits.float()
+        logits = logits[:, : self.vocabulary].float()
         of_tokens = functional.cross_entropy(logits, target_ids, reduction="none")
         total = of_tokens.sum()
         if self._z_loss or self._label_smoothing:
@@ -248,6 +261,7 @@ class LossHead:
                 scale=self._scale,
                 z_loss=self._z_loss,
                 label_smoothing=self._label_smoothing,
+                vocabulary=self.vocabulary,
             )
             return total
 
@@ -258,7 +272,8 @@ class LossHead:
         the output of `projection` leaves the model as it is."""
         import torch
 
-        vocabulary = getattr(self.model, "module", self.model).config.get_text_config().vocab_size
+        config = getattr(self.model, "module", self.model).config
+        vocabulary = self.vocabulary or config.get_text_config().vocab_size
         tokens = torch.arange(16, device=device).view(2, 8) % vocabulary
         places = torch.tensor([1, 6, 11], device=device)
         projected: list[tuple[torch.Tensor, int]] = []

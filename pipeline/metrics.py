@@ -106,7 +106,8 @@ class Metrics:
         for corpus, loss in values.get("corpora", {}).items():
             scalars[f"loss/validation/{corpus}"] = loss
         self._scalars(step, scalars)
-        self.say(f"step {step:>6}/{self._max_steps}  validation loss {values['loss']:.4f}")
+        average = f", of the averaged weights {values['ema_loss']:.4f}" if "ema_loss" in values else ""
+        self.say(f"step {step:>6}/{self._max_steps}  validation loss {values['loss']:.4f}{average}")
 
     def close(self) -> None:
         if self._enabled:
@@ -131,6 +132,7 @@ _TAGS = {
 _VALIDATION_TAGS = {
     "loss": "loss/validation",
     "pair_loss": "loss/validation_pairs",
+    "ema_loss": "loss/validation_ema",
     "perplexity": "validation/perplexity",
     "bits_per_byte": "validation/bits_per_byte",
 }

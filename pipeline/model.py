@@ -1,5 +1,6 @@
 """Models from transformers configurations: which one, its size, its cost."""
 
+import copy
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from data_prep.encoding import TokenizerInfo
 from data_prep.errors import UserError, nearest
 from pipeline.attention import check_supported, first_position, register
+from pipeline.initialization import initialize
 from pipeline.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -136,19 +138,23 @@ def build_model(
     pairs: bool = False,
     has_boundaries: bool = True,
 ) -> "PreTrainedModel":
-    """The model in float32 with transformers' initialisation drawn from `seed`, or the weights of `init_from`.
+    """The model in float32 with initial weights drawn from `seed`, or the weights of `init_from`.
 
-    pairs: with a head for sentence pairs. has_boundaries: able to keep the documents of a sample apart.
+    pairs: with a head for sentence pairs. has_boundaries: able to keep the documents of a sample apart. The model's
+    configuration is a copy.
     """
     import torch
 
     heads = auto_class(objective, pairs)
     attention = register() if has_boundaries else "sdpa"
+    options = {"config": copy.deepcopy(config), "dtype": torch.float32, "attn_implementation": attention}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if init_from is not None:
-            return heads.from_pretrained(init_from, config=config, dtype=torch.float32, attn_implementation=attention)
-        return heads.from_config(config, dtype=torch.float32, attn_implementation=attention)
+            return heads.from_pretrained(init_from, **options)
+        model = heads.from_config(**options)
+        initialize(model)
+        return model
 
 
 @dataclass(frozen=True)

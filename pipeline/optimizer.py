@@ -36,6 +36,29 @@ def hidden_matrices(model: "torch.nn.Module") -> list["torch.nn.Parameter"]:
     return list({id(parameter): parameter for parameter in stacked}.values())
 
 
+def optimizer_groups(model: "torch.nn.Module", recipe: OptimizerSection) -> list[dict[str, Any]]:
+    """The recipe's groups of the model's parameters, in the optimizer's order, with what its rule asks for each.
+
+    Raises UserError where the model has nothing for Muon.
+    """
+    groups = parameter_groups(model, recipe.weight_decay)
+    if recipe.type == "Lamb":
+        return [{**group, "adapts": group["params"][0].ndim >= 2} for group in groups]
+    if recipe.type != "Muon":
+        return groups
+    matrices = hidden_matrices(model)
+    if not matrices:
+        raise UserError(
+            "optimizer.type is Muon, but the model stacks no layers (torch.nn.ModuleList) with matrices to"
+            " orthogonalise; take AdamW"
+        )
+    taken = {id(matrix) for matrix in matrices}
+    for group in groups:
+        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in taken]
+    groups.insert(0, {"params": matrices, "weight_decay": recipe.weight_decay})
+    return [{**group, "orthogonal": index == 0} for index, group in enumerate(groups) if group["params"]]
+
+
 def make_optimizer(
     model: "torch.nn.Module", recipe: OptimizerSection, ds_config: dict[str, Any]
 ) -> "torch.optim.Optimizer":
@@ -47,7 +70,7 @@ def make_optimizer(
     """
     import torch
 
-    groups = parameter_groups(model, recipe.weight_decay)
+    groups = optimizer_groups(model, recipe)
     if recipe.type == "AdamW":
         common: dict[str, Any] = {"lr": 0.0, "betas": recipe.betas, "eps": recipe.eps}
         if offload_device(ds_config, "optimizer") != "none":
@@ -61,19 +84,6 @@ def make_optimizer(
     if recipe.type == "Lion":
         return Lion(groups, 0.0, recipe.betas)
     if recipe.type == "Lamb":
-        for group in groups:
-            group["adapts"] = group["params"][0].ndim >= 2
         return Lamb(groups, 0.0, recipe.betas, recipe.eps)
-    matrices = hidden_matrices(model)
-    if not matrices:
-        raise UserError(
-            "optimizer.type is Muon, but the model stacks no layers (torch.nn.ModuleList) with matrices to"
-            " orthogonalise; take AdamW"
-        )
-    taken = {id(matrix) for matrix in matrices}
-    for group in groups:
-        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in taken]
-    groups.insert(0, {"params": matrices, "weight_decay": recipe.weight_decay})
-    groups = [{**group, "orthogonal": index == 0} for index, group in enumerate(groups) if group["params"]]
     stages: tuple[Kept, ...] = ("whole", "joined", "joined", "each")
     return Muon(groups, 0.0, recipe.betas, recipe.eps, recipe.momentum, stages[zero_stage(ds_config)])

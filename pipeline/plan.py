@@ -120,10 +120,10 @@ def card(name: str) -> tuple[str, Gpu]:
     return _GPU_NAMES[key], GPUS[_GPU_NAMES[key]]
 
 
-def zero_of(ds_config: Mapping[str, Any], optimizer: str) -> Zero:
+def zero_of(ds_config: Mapping[str, Any], optimizer: str, *, averages: bool = False) -> Zero:
     """What memory and messages follow from in a ds_config, with DeepSpeed's defaults for what it leaves out.
 
-    optimizer: type of the recipe's (costs.MOMENTS).
+    optimizer: type of the recipe's (costs.MOMENTS). averages: whether it keeps an average of the weights as well.
     """
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
@@ -140,7 +140,7 @@ def zero_of(ds_config: Mapping[str, Any], optimizer: str) -> Zero:
         precision=precision(ds_config),
         accumulation_bytes=_DTYPE_BYTES[accumulated] if accumulated else weight,
         communication_bytes=_DTYPE_BYTES.get(sent, weight),
-        moment_bytes=costs.FP32 * costs.MOMENTS[optimizer],
+        moment_bytes=costs.FP32 * (costs.MOMENTS[optimizer] + averages),
         optimizer_device=offload_device(ds_config, "optimizer"),
         parameter_device=offload_device(ds_config, "param"),
         reduce_bucket_size=found.reduce_bucket_size,
@@ -158,14 +158,16 @@ def zero_of(ds_config: Mapping[str, Any], optimizer: str) -> Zero:
     )
 
 
-def measure(recipe: "Recipe") -> tuple[ModelShape, str]:
-    """The shape of the recipe's model, built without weights, and its model_type.
+def measure(recipe: "Recipe") -> tuple[ModelShape, int, str]:
+    """The shape of the recipe's model, built without weights; its parameters before its vocabulary is padded; and its
+    model_type.
 
     The vocabulary is the tokenizer's where its folder is there, else the configuration's own.
     """
     import torch
 
     from pipeline.model import auto_class, make_model_config, measure_model, read_model_config
+    from pipeline.vocabulary import pad_vocabulary
 
     folder = Path(recipe.data.tokenizer)
     if folder.exists():
@@ -182,7 +184,8 @@ def measure(recipe: "Recipe") -> tuple[ModelShape, str]:
     with torch.device("meta"):
         model = auto_class(recipe.objective, recipe.pack_settings.is_pairs).from_config(config)
     size = measure_model(model, recipe.objective, recipe.data.sequence_length)
-    return costs.shape_of(model, config, size.flops_a_token), config.model_type
+    pad_vocabulary(model, recipe.model.pad_vocab_to_multiple_of)
+    return costs.shape_of(model, model.config, size.flops_a_token), size.parameters, config.model_type
 
 
 def batch_of(recipe: "Recipe") -> Batch:
@@ -400,8 +403,9 @@ def plan(
             f"training.global_batch_size is {global_batch_size}, not a multiple of the {cluster.world_size} GPUs"
             f" ({nodes} nodes x {gpus_per_node}); take {fitting} samples or another number of GPUs"
         )
-    shape, model_type = measure(recipe)
-    batch, given = batch_of(recipe), zero_of(ds_config, recipe.optimizer.type)
+    shape, parameters, model_type = measure(recipe)
+    batch = batch_of(recipe)
+    given = zero_of(ds_config, recipe.optimizer.type, averages=recipe.optimizer.ema_decay is not None)
     optimizer = recipe.optimizer.type
 
     def best(world_size: int, samples: int) -> Way | None:
@@ -413,7 +417,7 @@ def plan(
 
     def lines() -> Iterator[str]:
         sequence, steps = batch.sequence_length, recipe.max_steps
-        tokens, parameters = sizes.first_sample(steps) * sequence, shape.parameters
+        tokens = sizes.first_sample(steps) * sequence
         tokens_a_step = global_batch_size * sequence
         optimal = costs.TOKENS_A_PARAMETER * parameters
         yield (

@@ -101,8 +101,10 @@ def check_shards(data: Data) -> int:
 
 
 def check_disk(recipe: Recipe, output_dir: Path, parameters: int) -> str:
-    """Weights in two or four bytes and Adam's three float32 values for each, as often as checkpoints stand there."""
-    needed = parameters * (4 + 12) * (recipe.checkpoint.keep_last + 1)
+    """Weights in two or four bytes and Adam's three float32 values for each, or four with an average of the weights, as
+    often as checkpoints stand there."""
+    averages = recipe.optimizer.ema_decay is not None
+    needed = parameters * (4 + 12 + 4 * averages) * (recipe.checkpoint.keep_last + 1)
     free = shutil.disk_usage(output_dir).free
     if free < needed:
         raise RankError(
@@ -162,7 +164,7 @@ def _communication(world: World) -> list[str]:
 def _random_step(world: World, engine: Engine, recipe: Recipe, batches: BatchPlan) -> tuple[float, float]:
     """Seconds of the first and the second step of one micro-batch a rank."""
     rows, sequence = batches.micro_batch_size, recipe.data.sequence_length
-    vocabulary = engine.deepspeed.module.config.get_text_config().vocab_size
+    vocabulary = engine.head.vocabulary or engine.deepspeed.module.config.get_text_config().vocab_size
     ids = np.random.default_rng(world.rank).integers(0, vocabulary, (rows, sequence)).astype(np.int32)
     zeros = np.zeros(rows, dtype=np.int64)
     targets = np.arange(0, rows * sequence, 7 if recipe.objective == "mlm" else 1)

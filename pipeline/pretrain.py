@@ -7,6 +7,7 @@ import math
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 # The launcher runs this file as a script, which puts its own folder on the path, where our `export.py` and others
@@ -91,6 +92,7 @@ def run(arguments: Arguments, timings: Timings, interruption: Interruption) -> N
     from pipeline.model import build_model, make_model_config, measure_model
     from pipeline.schedule import learning_rate
     from pipeline.token_drop import TokenDrop, install
+    from pipeline.vocabulary import pad_vocabulary
 
     model_config = make_model_config(recipe, data.tokenizer)
     model = build_model(
@@ -101,13 +103,14 @@ def run(arguments: Arguments, timings: Timings, interruption: Interruption) -> N
         pairs=recipe.pack_settings.is_pairs,
         has_boundaries=recipe.has_boundaries,
     )
+    size = measure_model(model, recipe.objective, recipe.data.sequence_length)
+    pad_vocabulary(model, recipe.model.pad_vocab_to_multiple_of)
     drop, curriculum = None, recipe.curriculum
     if curriculum.token_drop_start is not None:
         drop = TokenDrop(
             install(model), curriculum.token_drop_start, curriculum.token_drop_steps, curriculum.token_drop_multiple
         )
     enable(model, recipe.model.activation_checkpointing)
-    size = measure_model(model, recipe.objective, recipe.data.sequence_length)
     timings.finished("model")
     engine = Engine(
         model,
@@ -116,11 +119,14 @@ def run(arguments: Arguments, timings: Timings, interruption: Interruption) -> N
         world,
         recipe.seed,
         len(data.corpora),
+        vocabulary=model_config.get_text_config().vocab_size,
         z_loss=recipe.loss.z_loss,
         label_smoothing=recipe.loss.label_smoothing,
     )
     if resume_from is not None:
         checkpoint.load(engine.deepspeed, resume_from, world, zero_stage=zero_stage(ds_config))
+        if first_step and recipe.optimizer.ema_decay is not None:
+            engine.check_average()
     if recipe.has_boundaries:
         engine.check_isolation()
     with world.first_alone() as first:
@@ -155,8 +161,12 @@ def run(arguments: Arguments, timings: Timings, interruption: Interruption) -> N
     # The steps.
     def validate(step: int) -> None:
         if data.validation.size:
-            held_out = validation_batches(data.validation, recipe.evaluation.samples, batches, world.rank)
-            metrics.validation(step, validation_values(engine.evaluate(held_out), data))
+            held_out = partial(validation_batches, data.validation, recipe.evaluation.samples, batches, world.rank)
+            values = validation_values(engine.evaluate(held_out()), data)
+            if step and recipe.optimizer.ema_decay is not None:
+                with engine.averaged_weights():
+                    values["ema_loss"] = engine.evaluate(held_out()).loss
+            metrics.validation(step, values)
 
     def save(step: int) -> None:
         path = checkpoint.save(

@@ -51,6 +51,9 @@ class ModelSection(_Section):
         description="what the backward pass computes again instead of keeping: nothing, every layer, or all but its"
         " matrix products",
     )
+    pad_vocab_to_multiple_of: Positive = Field(
+        64, description="rows of zeros fill the embeddings up to a multiple of so many, until export; 1: none"
+    )
 
 
 class DataSection(_Section):
@@ -136,6 +139,11 @@ class OptimizerSection(_Section):
     eps: float = Field(1e-8, gt=0, description="added to the root of the second moment (not Lion)")
     weight_decay: float = Field(0.01, ge=0, description="decoupled decay; not on biases and norms")
     gradient_clipping: float = Field(1.0, ge=0, description="largest global gradient norm; 0 turns clipping off")
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None,
+        description="decay a step of a moving average of the weights, which evaluations report beside the last ones and"
+        " `export --ema` writes (null: none)",
+    )
 
     @field_validator("type", mode="before")
     @classmethod

@@ -15,6 +15,7 @@ from pipeline.engine import Engine  # noqa: E402
 from pipeline.model import build_model  # noqa: E402
 from pipeline.recipe import check_recipe  # noqa: E402
 from pipeline.startup import init_distributed, leave, set_environment  # noqa: E402
+from pipeline.vocabulary import pad_vocabulary  # noqa: E402
 
 
 def main() -> None:
@@ -27,7 +28,9 @@ def main() -> None:
     recipe, values = check_recipe(run["recipe"], "run.json"), dict(run["model_config"])
     config = AutoConfig.for_model(values.pop("model_type"), **values)
     # Another seed than the run's: the weights have to come from the checkpoint.
-    engine = Engine(build_model(config, recipe.objective, 99), recipe.optimizer, run["deepspeed_config"], world, 0)
+    model = build_model(config, recipe.objective, 99)
+    pad_vocabulary(model, recipe.model.pad_vocab_to_multiple_of)
+    engine = Engine(model, recipe.optimizer, run["deepspeed_config"], world, 0)
     folder = checkpoint.list_checkpoints(run_dir)[-1]
     checkpoint.load(engine.deepspeed, folder, world, zero_stage=zero_stage(run["deepspeed_config"]))
     engine.deepspeed.eval()

@@ -16,6 +16,7 @@ from tests.distributed.ranks import NO_DROPOUT, ds_config_with, metrics, pretrai
 
 pytestmark = pytest.mark.ranks
 STEPS = 20
+EMA_DECAY = 0.9
 BOUND = 2e-5  # relative difference of float32 losses; at lr 1e-2 Adam blows rounding up, 1.01e-5 at step 20
 
 
@@ -23,15 +24,18 @@ BOUND = 2e-5  # relative difference of float32 losses; at lr 1e-2 Adam blows rou
 def one_rank(request, write_recipe, tmp_path_factory):
     """(objective, recipe, run) of STEPS steps in fp32 on one rank, the whole batch at once."""
     objective = request.param
-    recipe = write_recipe(objective, model=NO_DROPOUT[objective], training={"max_steps": STEPS})
+    recipe = write_recipe(
+        objective, model=NO_DROPOUT[objective], training={"max_steps": STEPS}, optimizer={"ema_decay": EMA_DECAY}
+    )
     folder = tmp_path_factory.mktemp(f"one-rank-{objective}")
     whole = ds_config_with(folder / "ds.json", "zero0_fp32.json", train_micro_batch_size_per_gpu=8)
     pretrain(1, whole, recipe, folder / "run")
     return objective, recipe, folder / "run"
 
 
-def plain_loop(recipe_path: Path) -> tuple[list[float], list[float], torch.nn.Module]:
-    """(losses, gradient norms, model) of a training loop of torch's own AdamW over the recipe's samples."""
+def plain_loop(recipe_path: Path) -> tuple[list[float], list[float], torch.nn.Module, dict[str, torch.Tensor]]:
+    """(losses, gradient norms, model, averages of its weights) of a training loop of torch's own AdamW over the
+    recipe's samples."""
     recipe = check_recipe(read_recipe_file(recipe_path), str(recipe_path))
     data = open_data(recipe)
     config = make_model_config(recipe, data.tokenizer)
@@ -45,6 +49,7 @@ def plain_loop(recipe_path: Path) -> tuple[list[float], list[float], torch.nn.Mo
         lr=1e-2, betas=(0.9, 0.95), eps=1e-8, fused=False, foreach=False,
     )  # fmt: skip
     losses, norms, packed, objective = [], [], 0, recipe.objective
+    averages: dict[str, torch.Tensor] = {}
     for step in range(STEPS):
         # Warm-up over 2 steps to 1e-2, then half a cosine down to 1e-3 at step 19.
         cosine = 0.5 * (1 + math.cos(math.pi * (step - 2) / 17))
@@ -74,28 +79,34 @@ def plain_loop(recipe_path: Path) -> tuple[list[float], list[float], torch.nn.Mo
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)))
         optimizer.step()
         losses.append(loss.item())
+        for name, parameter in model.named_parameters():
+            weight = parameter.detach()
+            averages[name] = EMA_DECAY * averages[name] + (1 - EMA_DECAY) * weight if step else weight.clone()
     assert packed > STEPS, "rows have to hold several documents for the comparison to mean something"
-    return losses, norms, model
+    return losses, norms, model, averages
 
 
 def test_one_rank_in_fp32_equals_a_plain_pytorch_adamw_loop(one_rank, tmp_path):
     objective, recipe, run = one_rank
-    losses, norms, model = plain_loop(recipe)
+    losses, norms, model, averages = plain_loop(recipe)
     steps = metrics(run)
     assert len(steps) == STEPS
     assert losses[-1] < losses[0] - 0.2, "the loop has to learn for the comparison to mean something"
     for step, loss, norm in zip(steps, losses, norms, strict=True):
         assert relative_difference(step["loss"], loss) < BOUND
         assert relative_difference(step["grad_norm"], norm) < 1e-4
-    export(run, tmp_path / "exported")
     from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
     auto = AutoModelForCausalLM if objective == "causal" else AutoModelForMaskedLM
-    exported = dict(auto.from_pretrained(tmp_path / "exported", dtype=torch.float32).named_parameters())
-    for name, parameter in model.named_parameters():
-        if parameter.ndim < 2:
-            continue  # a key's bias has no gradient but rounding, which Adam blows up to whole steps
-        torch.testing.assert_close(exported[name], parameter, rtol=1e-3, atol=1e-5)
+    for folder, expected in (("last", dict(model.named_parameters())), ("averaged", averages)):
+        export(run, tmp_path / folder, averaged=folder == "averaged")
+        exported = dict(auto.from_pretrained(tmp_path / folder, dtype=torch.float32).named_parameters())
+        for name, parameter in expected.items():
+            if parameter.ndim < 2:
+                continue  # a key's bias has no gradient but rounding, which Adam blows up to whole steps
+            torch.testing.assert_close(exported[name], parameter, rtol=1e-3, atol=1e-5)
+    word = next(name for name in averages if "wte" in name or "word_embeddings" in name)
+    assert (averages[word] - model.get_parameter(word)).abs().max() > 1e-2, "the two have to differ"
 
 
 @pytest.mark.parametrize("stage", [0, 2])
