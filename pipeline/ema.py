@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_prep.errors import UserError
+from pipeline.checkpoint_weights import load_file
 
 if TYPE_CHECKING:
     import torch
@@ -117,22 +118,19 @@ def _read(
     """The averages as DeepSpeed's files have them; of tied weights one name alone."""
     import torch
 
-    def load(path: Path) -> Any:
-        return torch.load(path, map_location="cpu", weights_only=False, mmap=True)
-
     models = sorted(folder.glob("*model_states.pt"))
     if zero_stage == 0:
         from pipeline.optimizer import optimizer_groups
 
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         ordered = [names[id(one)] for group in optimizer_groups(model, optimizer) for one in group["params"]]
-        stored = load(models[0])["optimizer"]
+        stored = load_file(models[0])["optimizer"]
         states = _averages(stored.get("optimizer_state_dict", stored), folder)
         return {ordered[index]: average for index, average in states.items()}
-    ranks = [load(path)["optimizer_state_dict"] for path in sorted(folder.glob("*optim_states.pt"), key=_rank)]
+    ranks = [load_file(path)["optimizer_state_dict"] for path in sorted(folder.glob("*optim_states.pt"), key=_rank)]
     if zero_stage == 3:
         flat = [torch.cat(list(_averages(rank["optimizer_state_dict"], folder).values())) for rank in ranks]
-        shapes = {name: shape for group in load(models[0])["param_shapes"] for name, shape in group.items()}
+        shapes = {name: shape for group in load_file(models[0])["param_shapes"] for name, shape in group.items()}
         return _joined(flat, shapes)
     found: dict[str, list[torch.Tensor]] = {}
     for rank in ranks:
@@ -140,7 +138,7 @@ def _read(
         for index, slices in enumerate(rank["param_slice_mappings"]):
             for name, place in slices.items():
                 found.setdefault(name, []).append(averages[index].narrow(0, place.start, place.numel))
-    shapes = {name: shape for group in load(models[0])["param_shapes"] for name, shape in group.items()}
+    shapes = {name: shape for group in load_file(models[0])["param_shapes"] for name, shape in group.items()}
     return {name: torch.cat(parts).view(shapes[name]) for name, parts in found.items()}
 
 

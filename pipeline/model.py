@@ -13,6 +13,7 @@ from pipeline.initialization import initialize
 from pipeline.recipe import Recipe
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PretrainedConfig, PreTrainedModel
 
 MODELS = Path(__file__).parent / "models"
@@ -155,6 +156,31 @@ def build_model(
         model = heads.from_config(**options)
         initialize(model)
         return model
+
+
+def model_with_weights(
+    config: "PretrainedConfig",
+    objective: str,
+    weights: "dict[str, torch.Tensor]",
+    dtype: "torch.dtype",
+    *,
+    pairs: bool = False,
+    has_boundaries: bool = True,
+) -> "PreTrainedModel":
+    """The model that `build_model` makes, in `dtype` and eval mode, with these weights: the very tensors where they are
+    of that type. Raises UserError when they are not all and only the model's."""
+    model_class = auto_class(objective, pairs)._model_mapping[type(config)]
+    model, loading = model_class.from_pretrained(
+        None,
+        config=config,
+        state_dict=dict(weights),
+        dtype=dtype,
+        attn_implementation=register() if has_boundaries else "sdpa",
+        output_loading_info=True,
+    )
+    if wrong := {name: sorted(found)[:3] for name, found in loading.items() if found}:
+        raise UserError(f"the weights are not those of the {config.model_type} that the run describes: {wrong}")
+    return model
 
 
 @dataclass(frozen=True)

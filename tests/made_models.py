@@ -26,7 +26,7 @@ def made_model(folder: Path, objective: str, tokenizer: Path, **changes: Any) ->
     prefer some tokens."""
     from transformers import AutoConfig
 
-    from pipeline.model import auto_class
+    from pipeline.model import auto_class, longest_input
 
     info = load_tokenizer_info(tokenizer)
     special = {"bos_token_id": info.special.end_of_document, "eos_token_id": info.special.end_of_document}
@@ -35,5 +35,5 @@ def made_model(folder: Path, objective: str, tokenizer: Path, **changes: Any) ->
     torch.manual_seed(1)
     config = AutoConfig.for_model(values.pop("model_type"), **values)
     auto_class(objective).from_config(config).save_pretrained(folder)
-    write_tokenizer(tokenizer, folder, objective)
+    write_tokenizer(tokenizer, folder, objective, longest_input(config))
     return folder
