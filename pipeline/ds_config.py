@@ -181,10 +181,11 @@ def _equal(left: Any, right: Any) -> bool:
 def complete_ds_config(config: dict[str, Any], recipe: Recipe, batches: BatchPlan) -> dict[str, Any]:
     """The configuration that DeepSpeed gets: the ds_config with the recipe's numbers filled in.
 
-    Raises UserError as `check_optimizer` and `check_average` do.
+    Raises UserError as `check_optimizer`, `check_average` and `check_histograms` do.
     """
     check_optimizer(config, recipe.optimizer.type)
     check_average(config, recipe.optimizer.ema_decay)
+    check_histograms(config, recipe.evaluation.histograms_every_steps)
     # DeepSpeed knows AdamW's classes; that ours may see what ZeRO keeps is checked above.
     ours = {"zero_allow_untested_optimizer": True} if recipe.optimizer.type != "AdamW" else {}
     return {
@@ -255,6 +256,15 @@ def check_optimizer(config: Mapping[str, Any], optimizer: str) -> None:
                 f"optimizer.type is Muon, which finds its matrices where ZeRO puts them without"
                 f" zero_optimization.{key}; leave that key out of the ds_config, or take AdamW"
             )
+
+
+def check_histograms(config: Mapping[str, Any], every_steps: int) -> None:
+    """Raises UserError where the weights whose histograms are asked for are on a drive when they are to be read."""
+    if every_steps and "nvme" in (offload_device(config, "optimizer"), offload_device(config, "param")):
+        raise UserError(
+            f"evaluation.histograms_every_steps is {every_steps}, but the ds_config keeps weights on NVMe, from where"
+            " they are not read for it; take 0, or a ds_config that offloads to cpu"
+        )
 
 
 def check_average(config: Mapping[str, Any], ema_decay: float | None) -> None:

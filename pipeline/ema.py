@@ -75,11 +75,16 @@ def averaged(engine: Any, optimizer: "torch.optim.Optimizer") -> Iterator[None]:
 def _exchange(optimizer: "torch.optim.Optimizer") -> None:
     for weight, state in optimizer.state.items():
         if _STATE in state:
-            pair = weight.data.view(-1), state[_STATE].view(-1)
-            for left, right in zip(*(tensor.split(_EXCHANGED) for tensor in pair), strict=True):
-                kept = left.clone()
-                left.copy_(right)
-                right.copy_(kept)
+            exchange(weight.data, state[_STATE])
+
+
+def exchange(one: "torch.Tensor", other: "torch.Tensor") -> None:
+    """Has two contiguous tensors change contents, with little memory beside them; what shares theirs sees it."""
+    parts = (tensor.view(-1).split(_EXCHANGED) for tensor in (one, other))
+    for left, right in zip(*parts, strict=True):
+        kept = left.clone()
+        left.copy_(right)
+        right.copy_(kept)
 
 
 def _refresh(engine: Any) -> None:

@@ -2,12 +2,13 @@
 
 import contextlib
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from data_prep.encoding import Encoder
 from data_prep.randomness import seed_of
-from pipeline import ema
+from pipeline import distributions, ema
 from pipeline.attention import check_isolation
 from pipeline.ds_config import TORCH_DTYPES, compute_precision, precision, zero_stage
 from pipeline.heads import LossHead
@@ -15,8 +16,9 @@ from pipeline.loader import DeviceBatch, to_device
 from pipeline.objective import BatchLosses, losses
 from pipeline.optimizer import make_optimizer
 from pipeline.recipe import OptimizerSection
-from pipeline.samples import Batch
+from pipeline.samples import Batch, Samples
 from pipeline.startup import World
+from pipeline.text_samples import text_samples
 
 if TYPE_CHECKING:
     import torch
@@ -29,13 +31,15 @@ class Losses:
     """Means over a global batch or an evaluation, in nats.
 
     tokens: targets. loss: a target token. of_corpora: the same of each corpus, None where it had none. pair_loss: a
-    pair, where the objective has pairs.
+    pair, where the objective has pairs. accuracy: of an evaluation, the share of the targets whose logits are the
+    highest.
     """
 
     tokens: int
     loss: float
     of_corpora: tuple[float | None, ...]
     pair_loss: float | None
+    accuracy: float | None = None
 
     @staticmethod
     def of(sums: "torch.Tensor") -> "Losses":
@@ -178,16 +182,32 @@ class Engine:
         """While open, the model computes with the average of its weights (pipeline.ema); opened on every rank."""
         return ema.averaged(self.deepspeed, self._optimizer)
 
+    def own_weights(self) -> "list[torch.Tensor]":
+        """Copies of this rank's float32 weights, for `distributions` after the next step."""
+        return [weight.detach().clone() for weight in distributions.own_weights(self.deepspeed, self._optimizer)]
+
+    def distributions(self, before: "list[torch.Tensor]") -> Iterator[tuple[str, distributions.Distribution]]:
+        """As pipeline.distributions.distributions, since `own_weights` gave `before`; used up on every rank."""
+        return distributions.distributions(self.deepspeed, self._optimizer, before)
+
+    def text_samples(self, samples: Samples, encoder: Encoder, count: int) -> list[str]:
+        """As pipeline.text_samples.text_samples; called on every rank."""
+        return text_samples(self.head, samples, encoder, count, self.world.device, self.dtype)
+
     def evaluate(self, batches: Iterable[Batch]) -> Losses:
         """Losses over the batches of all ranks (each rank gives equally many)."""
         import torch
         from torch import distributed
 
-        total = torch.zeros(2, 1 + self._corpora, dtype=torch.float64, device=self.world.device)
+        total = torch.zeros(3, 1 + self._corpora, dtype=torch.float64, device=self.world.device)
         self.deepspeed.eval()
         with torch.no_grad():
             for batch in batches:
-                total += self._losses(to_device(batch, self.world.device))[1]
+                of_batch, sums = self._losses(to_device(batch, self.world.device))
+                assert of_batch.correct is not None
+                total[:2] += sums
+                total[2, 0] += of_batch.correct.sum()
         self.deepspeed.train()
         distributed.all_reduce(total)
-        return Losses.of(total)
+        found = Losses.of(total[:2])
+        return replace(found, accuracy=float(total[2, 0]) / max(1, found.tokens))

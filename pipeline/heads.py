@@ -36,9 +36,10 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     vocabulary: int | None = None,
     rows: int | None = None,
-) -> "tuple[torch.Tensor, torch.Tensor]":
+) -> "tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]":
     """`scale` times the sum of what is trained, as `trained_loss` defines it (float32, differentiable once), and the
-    plain cross-entropies in nats (float32 [targets], without gradients), of logits hidden @ weight.T + bias.
+    plain cross-entropies in nats (float32 [targets], without gradients), of logits hidden @ weight.T + bias; and where
+    no gradients are computed, which targets have the highest of their logits (bool [targets]).
 
     hidden [targets, width], weight [vocabulary, width], bias [vocabulary], target_ids int64 [targets]. Softmax and the
     sums over chunks are in float32. scale: what backward would multiply with; given here, it is part of the matrix
@@ -52,10 +53,11 @@ def linear_cross_entropy(
         hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     rows = _ROWS.get(hidden.device.type, ROWS_OF_GPUS) if rows is None else rows
     with torch.autocast(hidden.device.type, enabled=False):
-        function = _linear_cross_entropy()
-        options = (scale, z_loss, label_smoothing, vocabulary, rows, torch.is_grad_enabled())
-        total, losses = function.apply(hidden, weight, bias, target_ids, *options)
-    return total, losses
+        options = (scale, z_loss, label_smoothing, vocabulary, rows)
+        if not torch.is_grad_enabled():
+            return _chunked(False, hidden, weight, bias, target_ids, *options)[:3]
+        total, losses = _linear_cross_entropy().apply(hidden, weight, bias, target_ids, *options)
+    return total, losses, None
 
 
 def trained_loss(
@@ -81,7 +83,7 @@ def _linear_cross_entropy() -> Any:
     class LinearCrossEntropy(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *arguments: Any) -> Any:
-            total, losses, ctx.exponent, ctx.gradients = _chunked(*arguments)
+            total, losses, _, ctx.exponent, ctx.gradients = _chunked(True, *arguments)
             ctx.dtype = arguments[0].dtype
             ctx.mark_non_differentiable(losses)
             return total, losses
@@ -92,12 +94,13 @@ def _linear_cross_entropy() -> Any:
             factor = factor * 2.0**ctx.exponent
             gradients = ctx.gradients
             del ctx.gradients  # they are changed in place: a second backward pass is to fail
-            return *(None if one is None else one.mul_(factor).to(ctx.dtype) for one in gradients), *(None,) * 7
+            return *(None if one is None else one.mul_(factor).to(ctx.dtype) for one in gradients), *(None,) * 6
 
     return LinearCrossEntropy
 
 
 def _chunked(
+    with_gradients: bool,
     hidden: "torch.Tensor",
     weight: "torch.Tensor",
     bias: "torch.Tensor | None",
@@ -107,10 +110,9 @@ def _chunked(
     label_smoothing: float,
     vocabulary: int | None,
     rows: int,
-    with_gradients: bool,
-) -> "tuple[torch.Tensor, torch.Tensor, int, tuple[torch.Tensor | None, ...]]":
-    """The trained sum and the losses as `linear_cross_entropy` returns them, and the sum's gradients of hidden, weight
-    and bias, divided by 2^exponent: what is left of `scale` is between 1/2 and 1, so that float16 loses none."""
+) -> "tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, int, tuple[torch.Tensor | None, ...]]":
+    """What `linear_cross_entropy` returns, and the trained sum's gradients of hidden, weight and bias, divided by
+    2^exponent: what is left of `scale` is between 1/2 and 1, so that float16 loses none."""
     import torch
 
     targets, padded, dtype, device = len(hidden), len(weight), hidden.dtype, hidden.device
@@ -119,6 +121,7 @@ def _chunked(
     chunks = max(1, -(-targets // rows))
     rows = -(-targets // chunks)
     losses = torch.empty(targets, dtype=torch.float32, device=device)
+    correct = None if with_gradients else torch.empty(targets, dtype=torch.bool, device=device)
     total = torch.zeros((), dtype=torch.float32, device=device)
     # Kept from chunk to chunk: on CPUs fresh pages cost more than what is computed in them.
     logits = torch.empty(rows, padded, dtype=dtype, device=device)
@@ -141,6 +144,8 @@ def _chunked(
             full.copy_(low)
         full[:, vocabulary:] = -math.inf  # shares and gradients of exactly 0
         of_targets, highest = full.gather(1, ids), full.amax(1, keepdim=True)
+        if correct is not None:
+            torch.eq(full.argmax(1), ids[:, 0], out=correct[part])
         mean = full[:, :vocabulary].mean(1, keepdim=True) if label_smoothing else None
         torch.softmax(full, 1, out=full)
         # The highest logit's share is 1 / sum(exp(logits - highest)): half the time of log_softmax and exp.
@@ -167,7 +172,7 @@ def _chunked(
         else:
             torch.addmm(product, low.t(), inputs, beta=0, alpha=mantissa, out=product)
             of_weight.add_(product) if chunk else of_weight.copy_(product)
-    return total * scale, losses, exponent, (of_hidden, of_weight, of_bias)
+    return total * scale, losses, correct, exponent, (of_hidden, of_weight, of_bias)
 
 
 class LossHead:
@@ -199,6 +204,7 @@ class LossHead:
         self._target_ids: torch.Tensor | None = None
         self._scale = 1.0
         self._of_tokens: torch.Tensor | None = None
+        self._correct: torch.Tensor | None = None
         module = getattr(model, "module", model)
         projection = module.get_output_embeddings()
         selection = module.base_model.register_forward_hook(self._select)
@@ -211,12 +217,13 @@ class LossHead:
 
     def __call__(
         self, targets: "torch.Tensor | None", target_ids: "torch.Tensor", scale: float, **arguments: Any
-    ) -> "tuple[torch.Tensor, torch.Tensor, Any]":
-        """Runs model(**arguments). Returns `scale` times the trained sum and the plain cross-entropies as
-        `linear_cross_entropy` does, and the model's output, in which the logits of tokens are no such thing.
+    ) -> "tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, Any]":
+        """Runs model(**arguments). Returns what `linear_cross_entropy` does, and the model's output, in which the
+        logits of tokens are no such thing.
 
         targets: int64 [targets], their places in the flattened batch; None: all. target_ids: int64 [targets].
         """
+        import torch
         from torch.nn import functional
 
         selects = self.selects and targets is not None
@@ -225,13 +232,13 @@ class LossHead:
             self._targets = targets if selects else None
             self._target_ids, self._scale = target_ids if fuses else None, scale
             output = self.model(**arguments)
-            of_tokens = self._of_tokens
+            of_tokens, correct = self._of_tokens, self._correct
         finally:
-            self._targets = self._target_ids = self._of_tokens = None
+            self._targets = self._target_ids = self._of_tokens = self._correct = None
         if fuses:
             # Not the output itself: where that is the loss, DeepSpeed divides its gradient by the accumulation steps
             # whatever `scale_wrt_gas` says (0.19.8, engine._backward_prologue_per_tensor).
-            return output[0].clone(), of_tokens, output
+            return output[0].clone(), of_tokens, correct, output
         logits = output[0].flatten(0, 1)
         if targets is not None and not selects:
             logits = logits.index_select(0, targets)
@@ -240,7 +247,20 @@ class LossHead:
         total = of_tokens.sum()
         if self._z_loss or self._label_smoothing:
             total = trained_loss(logits, target_ids, self._z_loss, self._label_smoothing).sum()
-        return total * scale, of_tokens.detach(), output
+        correct = None if torch.is_grad_enabled() else logits.argmax(1) == target_ids
+        return total * scale, of_tokens.detach(), correct, output
+
+    def logits(self, targets: "torch.Tensor", **arguments: Any) -> "torch.Tensor":
+        """Runs model(**arguments); the logits at `targets`, places in the flattened batch, without those of padding
+        [targets, vocabulary]."""
+        try:
+            self._targets = targets if self.selects else None
+            logits = self.model(**arguments)[0].flatten(0, 1)
+        finally:
+            self._targets = None
+        if not self.selects:
+            logits = logits.index_select(0, targets)
+        return logits[:, : self.vocabulary]
 
     def _select(self, base_model: Any, arguments: Any, output: Any) -> Any:
         """A forward hook: hidden states [batch, sequence, width] to [1, targets, width]."""
@@ -253,7 +273,7 @@ class LossHead:
         def forward(projection: Any, hidden: "torch.Tensor") -> "torch.Tensor":
             if self._target_ids is None:
                 return linear_class.forward(projection, hidden)
-            total, self._of_tokens = linear_cross_entropy(
+            total, self._of_tokens, self._correct = linear_cross_entropy(
                 hidden.flatten(0, -2),
                 projection.weight,
                 projection.bias,

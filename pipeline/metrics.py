@@ -3,16 +3,21 @@
 import json
 import logging
 import sys
+import textwrap
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from data_prep import durable
+from pipeline.distributions import Distribution
 
 METRICS_NAME = "metrics.jsonl"
 _LINE_SECONDS = 10.0
+_MEASURED_STEPS = 10
+"""After which the run's time is said; the first step, with all that is built in it, does not count."""
 
 
 class Metrics:
@@ -57,6 +62,8 @@ class Metrics:
         )
         self._max_steps = max_steps
         self._first_step, self._started = first_step, time.monotonic()
+        self._steady = 0.0
+        self._ended, self._end_of_session = False, None
 
     def step(self, values: dict[str, Any]) -> None:
         """Records one optimizer step; values as in DESIGN's `metrics.jsonl`."""
@@ -72,6 +79,7 @@ class Metrics:
         waited = f"data wait {values['data_wait_seconds'] / values['step_seconds']:.1%}"
         self._bar.set_postfix_str(f"loss {values['loss']:.3f}, {rate}, {waited}", False)
         self._bar.update(step - self._bar.n)
+        self._say_speed(step, values["tokens_per_second"], values["step_seconds"])
         now = time.monotonic()
         if self._bar.disable and (now - self._last_line > _LINE_SECONDS or step == self._max_steps):
             self._last_line = now
@@ -82,6 +90,45 @@ class Metrics:
                 f"{norm}  {rate}  {waited}"
                 f"  {tqdm.format_interval(remaining)} left"
             )
+
+    def _say_speed(self, step: int, tokens_per_second: float, step_seconds: float) -> None:
+        """Once, the rate of the steps after the first and how long the run's others take at it."""
+        if step == self._first_step + 1:
+            return
+        self._steady += step_seconds
+        measured, remaining = step - self._first_step - 1, self._max_steps - step
+        if measured == _MEASURED_STEPS and remaining > 0:
+            seconds = self._steady / measured
+            self.say(
+                f"speed     {tokens_per_second * step_seconds / seconds:,.0f} tokens/s, {seconds:.3g} s a step over"
+                f" {measured} steps; the remaining {remaining:,} steps take"
+                f" {tqdm.format_interval(seconds * remaining)}, evaluations and checkpoints aside"
+            )
+
+    def describe(self, hyperparameters: Mapping[str, bool | str | float]) -> None:
+        """Makes the run a row of TensorBoard's table of hyperparameters, and lays out its page of custom scalars."""
+        if not self._enabled:
+            return
+        from torch.utils.tensorboard.summary import hparams
+
+        shown = {tag: float("nan") for tag in ("loss/validation", "loss/train")}
+        *start, self._end_of_session = hparams(dict(hyperparameters), shown)
+        for summary in start:
+            self._board.file_writer.add_summary(summary, self._first_step)
+        self._board.add_custom_scalars(_LAYOUT)
+
+    def texts(self, step: int, texts: Sequence[str]) -> None:
+        """Shows texts of several lines as they stand."""
+        if self._enabled:
+            for number, text in enumerate(texts):
+                self._board.add_text(f"samples/{number}", textwrap.indent(text, "    "), step)
+
+    def distribution(self, step: int, name: str, found: Distribution) -> None:
+        """Shows how a parameter is distributed after a step, and how far the step moved it."""
+        if self._enabled:
+            self._board.add_histogram(f"weights/{name}", found.weights, step)
+            self._board.add_scalar(f"weight_norm/{name}", found.norm, step)
+            self._board.add_scalar(f"update_norm/{name}", found.update_norm, step)
 
     def _scalars(self, step: int, scalars: dict[str, float | None]) -> None:
         """Shows numbers by tag, where there are any."""
@@ -108,9 +155,12 @@ class Metrics:
         self._scalars(step, scalars)
         average = f", of the averaged weights {values['ema_loss']:.4f}" if "ema_loss" in values else ""
         self.say(f"step {step:>6}/{self._max_steps}  validation loss {values['loss']:.4f}{average}")
+        self._ended = step == self._max_steps
 
     def close(self) -> None:
         if self._enabled:
+            if self._ended and self._end_of_session is not None:
+                self._board.file_writer.add_summary(self._end_of_session, self._max_steps)
             self._bar.close()
             self._file.close()
             self._board.close()
@@ -134,9 +184,29 @@ _VALIDATION_TAGS = {
     "pair_loss": "loss/validation_pairs",
     "ema_loss": "loss/validation_ema",
     "perplexity": "validation/perplexity",
+    "accuracy": "validation/accuracy",
     "bits_per_byte": "validation/bits_per_byte",
 }
 _CORPUS_TAGS = {"loss": "loss/train", "epochs": "epochs"}
+
+
+# TensorBoard's page of custom scalars: what is looked at together.
+_LAYOUT = {
+    "loss": {
+        "loss": ["Multiline", ["^loss/train$", "^loss/validation$", "^loss/validation_ema$"]],
+        "validation": ["Multiline", ["validation/.*"]],
+    },
+    "throughput": {
+        "tokens per second": ["Multiline", ["throughput/tokens_per_second"]],
+        "seconds": ["Multiline", ["throughput/step_seconds", "throughput/data_wait_seconds"]],
+        "mfu": ["Multiline", ["throughput/mfu"]],
+    },
+    "health": {
+        "gradient norm": ["Multiline", ["optimizer/grad_norm"]],
+        "learning rate": ["Multiline", ["optimizer/learning_rate"]],
+        "memory": ["Multiline", ["memory/bytes"]],
+    },
+}
 
 
 def _step_of(line: bytes) -> float:

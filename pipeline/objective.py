@@ -18,11 +18,13 @@ class BatchLosses:
 
     trained: the sum over the target tokens of what is trained, times a scale; a scalar, with gradients.
     of_tokens: plain cross-entropies [targets], without gradients.
+    correct: whether the target has the highest logit [targets]; None where gradients are computed.
     of_pairs: of each pair's label, 0 in rows that do not count [batch], with gradients; None without pairs.
     """
 
     trained: "torch.Tensor"
     of_tokens: "torch.Tensor"
+    correct: "torch.Tensor | None"
     of_pairs: "torch.Tensor | None"
 
 
@@ -41,11 +43,11 @@ def losses(head: LossHead, batch: "DeviceBatch", dtype: "torch.dtype", scale: fl
         arguments["token_type_ids"] = batch.token_types
     if batch.kept_positions is not None:
         arguments["kept_positions"] = batch.kept_positions
-    trained, of_tokens, output = head(
+    trained, of_tokens, correct, output = head(
         batch.targets, batch.target_ids.flatten(), scale, input_ids=batch.input_ids, **arguments
     )
     if batch.pair_labels is None:
-        return BatchLosses(trained, of_tokens, None)
+        return BatchLosses(trained, of_tokens, correct, None)
     logits = output.seq_relationship_logits if "seq_relationship_logits" in output else output.sop_logits
     pairs = functional.cross_entropy(logits.float(), batch.pair_labels, reduction="none")
-    return BatchLosses(trained, of_tokens, pairs)
+    return BatchLosses(trained, of_tokens, correct, pairs)

@@ -15,9 +15,10 @@ from data_prep.errors import UserError, exit_status, nearest
 from pipeline import costs
 from pipeline.arguments import add_files, parse_arguments
 from pipeline.costs import Batch, Communication, ModelShape, StateMemory, StepTime, Zero
-from pipeline.hardware import GPUS, Gpu
+from pipeline.hardware import GPUS, Gpu, find_gpu
 
 if TYPE_CHECKING:
+    from pipeline.batch import BatchPlan
     from pipeline.recipe import Recipe
 
 EXAMPLES = """\
@@ -477,6 +478,44 @@ def plan(
         )
 
     return lines(), None if chosen is None else ds_config_of(chosen, ds_config)
+
+
+def expectations(
+    shape: ModelShape,
+    recipe: "Recipe",
+    ds_config: Mapping[str, Any],
+    batches: "BatchPlan",
+    *,
+    device_name: str,
+    gpus_per_node: int,
+) -> Iterator[str]:
+    """What a run that is about to start will hold and take, in lines; time only where the card is known.
+
+    gpus_per_node: ranks of this host.
+    """
+    zero = zero_of(ds_config, recipe.optimizer.type, averages=recipe.optimizer.ema_decay is not None)
+    batch, world_size = batch_of(recipe), batches.world_size
+    micro, accumulation = batches.micro_batch_size, batches.gradient_accumulation_steps
+    states = costs.state_memory(shape.groups, zero, world_size, accumulation)
+    peak = costs.peak_memory(shape, zero, batch, micro, world_size, accumulation)
+    host = sum(states.host.values())
+    outside = f" (and {_gigabytes(host)} GB of the host's)" if host else ""
+    yield (
+        f"memory    {_gigabytes(states.held)} GB of weights, gradients and states a rank{outside},"
+        f" {_gigabytes(peak)} GB at the peak of a step, as predicted"
+    )
+    gpu = find_gpu(device_name)
+    if gpu is None:
+        yield f"time      said after the first steps: no peak is known for {device_name}"
+        return
+    time = costs.step_time(
+        shape, zero, batch, gpu, global_batch_size=batches.global_batch_size, micro_batch_size=micro,
+        world_size=world_size, gpus_per_node=gpus_per_node, mfu=DEFAULT_MFU,
+    )  # fmt: skip
+    yield (
+        f"time      {_seconds(time.total)} s a step, {_days(time.total * recipe.max_steps)} days, as predicted at"
+        f" {DEFAULT_MFU:.0%} of the card's peak"
+    )
 
 
 def main(argv: list[str]) -> int:

@@ -26,9 +26,12 @@ def run(arguments: Arguments, timings: Timings, interruption: Interruption) -> N
     """One run, or the rest of one. Imports stand where they are needed: `--help` and mistakes answer at once."""
     # What is asked for. Whatever can be wrong about it is found here, before anything is built.
     from pipeline.configuration import resolve
+    from pipeline.versions import check_versions
 
+    check_versions()
     recipe, ds_config = resolve(arguments.recipe, arguments.overrides, arguments.deepspeed_config)
 
+    from data_prep.encoding import Encoder
     from pipeline import checkpoint, ops, provenance
     from pipeline.activation_checkpointing import check_stage
     from pipeline.batch import plan_batches
@@ -38,7 +41,7 @@ def run(arguments: Arguments, timings: Timings, interruption: Interruption) -> N
     from pipeline.metrics import Metrics
     from pipeline.preflight import check_hosts_alike, dry_run
     from pipeline.profiling import Profiler
-    from pipeline.report import describe_data, step_values, validation_values
+    from pipeline.report import describe_data, hyperparameters, step_values, validation_values
     from pipeline.startup import init_distributed, open_log
 
     if arguments.deterministic:
@@ -87,9 +90,11 @@ def run(arguments: Arguments, timings: Timings, interruption: Interruption) -> N
     # The model, and the engine that trains it.
     from pipeline.activation_checkpointing import enable
     from pipeline.attention import describe as describe_attention
+    from pipeline.costs import shape_of
     from pipeline.engine import Engine
     from pipeline.hardware import peak_flops
     from pipeline.model import build_model, make_model_config, measure_model
+    from pipeline.plan import expectations
     from pipeline.schedule import learning_rate
     from pipeline.token_drop import TokenDrop, install
     from pipeline.vocabulary import pad_vocabulary
@@ -111,6 +116,7 @@ def run(arguments: Arguments, timings: Timings, interruption: Interruption) -> N
             install(model), curriculum.token_drop_start, curriculum.token_drop_steps, curriculum.token_drop_multiple
         )
     enable(model, recipe.model.activation_checkpointing)
+    shape = shape_of(model, model.config, size.flops_a_token)
     timings.finished("model")
     engine = Engine(
         model,
@@ -146,6 +152,11 @@ def run(arguments: Arguments, timings: Timings, interruption: Interruption) -> N
     attention = f", {describe_attention(world.device, engine.dtype, model_config)}" if recipe.has_boundaries else ""
     on = f"{world.describe()} on {hosts} hosts" if hosts > 1 else world.describe()
     logger.info(f"engine    {describe(ds_config, recipe)} on {on}{attention}")
+    local_ranks = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    for line in expectations(
+        shape, recipe, ds_config, batches, device_name=world.device_name, gpus_per_node=local_ranks
+    ):
+        logger.info(line)
     logger.info(f"run       {output_dir}, {max_steps:,} steps")
     if resume_from is not None:
         finished = "; the run is complete" if first_step >= max_steps else ""
@@ -167,6 +178,8 @@ def run(arguments: Arguments, timings: Timings, interruption: Interruption) -> N
                 with engine.averaged_weights():
                     values["ema_loss"] = engine.evaluate(held_out()).loss
             metrics.validation(step, values)
+            if recipe.evaluation.text_samples:
+                metrics.texts(step, engine.text_samples(data.validation, encoder, recipe.evaluation.text_samples))
 
     def save(step: int) -> None:
         path = checkpoint.save(
@@ -192,6 +205,8 @@ def run(arguments: Arguments, timings: Timings, interruption: Interruption) -> N
         logger=logger,
         monitor=engine.deepspeed.monitor,
     )
+    metrics.describe(hyperparameters(recipe, model_config.model_type, size.parameters, describe(ds_config, recipe)))
+    encoder = Encoder(data.tokenizer.folder)
     ahead = Ahead(
         lambda step: step_batches(data.train, step, sizes, batches, world.rank, drop),
         first_step,
@@ -211,6 +226,8 @@ def run(arguments: Arguments, timings: Timings, interruption: Interruption) -> N
             began = time.perf_counter()
             micro_batches, waited = ahead.next()
             rate = learning_rate(recipe, step)
+            observed = recipe.evaluation.histograms_every_steps
+            before = engine.own_weights() if observed and (step + 1) % observed == 0 else None
             result = engine.train_step(step, micro_batches, rate)
             seconds = time.perf_counter() - began
             done = step + 1
@@ -238,6 +255,8 @@ def run(arguments: Arguments, timings: Timings, interruption: Interruption) -> N
                     **step_values(result.losses, data, sizes.first_sample(done)),
                 }
             )
+            for name, distribution in engine.distributions(before) if before is not None else ():
+                metrics.distribution(done, name, distribution)
             if due(recipe.evaluation.every_steps, done):
                 validate(done)
             if due(recipe.checkpoint.every_steps, done):

@@ -264,6 +264,12 @@ class LossSection(_Section):
 class EvaluationSection(_Section):
     every_steps: int = Field(1000, ge=0, description="steps between evaluations; 0: only before and after training")
     samples: Positive = Field(2048, description="held-out samples of an evaluation, at most")
+    text_samples: int = Field(
+        2, ge=0, description="held-out texts that an evaluation continues (mlm: fills in) for TensorBoard to show"
+    )
+    histograms_every_steps: int = Field(
+        0, ge=0, description="steps between histograms of weights, their norms and their updates'; 0: none"
+    )
 
 
 class CheckpointSection(_Section):

@@ -5,6 +5,7 @@ from typing import Any
 
 from pipeline.data import Data
 from pipeline.engine import Losses
+from pipeline.recipe import Recipe
 
 
 def describe_data(data: Data, samples: int) -> list[str]:
@@ -36,10 +37,36 @@ def step_values(losses: Losses, data: Data, samples: int) -> dict[str, Any]:
     return values
 
 
+def hyperparameters(recipe: Recipe, model_type: str, parameters: int, engine: str) -> dict[str, bool | str | float]:
+    """The fields by which runs are compared. engine: ZeRO stage, precision and optimizer in words."""
+    named = recipe.model.config if isinstance(recipe.model.config, str) else recipe.model.config.get("base", model_type)
+    sizes = recipe.training.batch_sizes.stages
+    return {
+        "objective": recipe.objective,
+        "model": str(named),
+        "parameters": parameters,
+        "sequence_length": recipe.data.sequence_length,
+        "packing": recipe.data.packing,
+        "global_batch_size": max(sizes.values()),
+        "max_steps": recipe.max_steps,
+        "optimizer": recipe.optimizer.type,
+        "lr": recipe.optimizer.lr,
+        "weight_decay": recipe.optimizer.weight_decay,
+        "gradient_clipping": recipe.optimizer.gradient_clipping,
+        "ema_decay": recipe.optimizer.ema_decay or 0.0,
+        "schedule": recipe.schedule.type,
+        "warmup_steps": recipe.schedule.warmup_steps,
+        "engine": engine,
+        "seed": recipe.seed,
+    }
+
+
 def validation_values(losses: Losses, data: Data) -> dict[str, Any]:
-    """`loss`, `perplexity`, `bits_per_byte` of a causal model on one corpus whose text's size is known, `pair_loss`
-    where there are pairs, and `corpora`, where there are several: the loss of each."""
+    """`loss`, `perplexity`, `accuracy` (share of the targets that have the highest logit), `bits_per_byte` of a causal
+    model on one corpus whose text's size is known, `pair_loss` where there are pairs, and `corpora`, where there are
+    several: the loss of each."""
     values: dict[str, Any] = {"loss": losses.loss, "perplexity": math.exp(min(losses.loss, 700.0))}
+    values["accuracy"] = losses.accuracy
     shards = data.corpora[0].shards
     if len(data.corpora) == 1 and shards.text_bytes and data.corpora[0].plan.settings.objective == "causal":
         values["bits_per_byte"] = losses.loss / math.log(2) * sum(shards.tokens) / shards.text_bytes

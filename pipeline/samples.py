@@ -100,9 +100,9 @@ class Samples:
         self._rows = RowMaker(corpora, split, style.special)
         self.sizes = self._rows.sizes
         settings = self._rows.settings
-        self.sequence_length, self._is_causal = settings.sequence_length, settings.objective == "causal"
+        self.sequence_length, self.is_causal = settings.sequence_length, settings.objective == "causal"
         self._end = style.special.end_of_document
-        if not self._is_causal:
+        if not self.is_causal:
             self._masking = Masking(
                 unit=style.masking.unit,
                 special=style.special,
@@ -124,7 +124,7 @@ class Samples:
         """The samples at these places [batch]. step: where the recipe's schedules are taken. real: rows that have
         targets (None: all)."""
         rows = self._rows.rows(places, lambda: self.keys(places))
-        batch = (self._causal if self._is_causal else self._masked)(rows, places, step)
+        batch = (self._causal if self.is_causal else self._masked)(rows, places, step)
         if real is None or real.all():
             return batch
         labels = batch.labels
@@ -220,7 +220,7 @@ class Samples:
         begins = rows.boundaries[:-1]
         if not self._style.document_attention:
             begins = begins[(begins % sequence == 0) | rows.padded]
-            if self._is_causal or not rows.padded.any():
+            if self.is_causal or not rows.padded.any():
                 begins = begins[:0]  # nothing looks at what is behind it
         if stretch < sequence:
             windows = (np.arange(0, end, sequence)[:, None] + np.arange(0, sequence, stretch)).reshape(-1)

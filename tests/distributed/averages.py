@@ -97,14 +97,19 @@ def found_with(ds_config: dict[str, Any], world: World, folder: Path) -> dict[st
     resumed = make_engine(ds_config, world)
     resumed.deepspeed.load_checkpoint(str(folder), tag="saved")
     resumed.check_average()
-    states = []
+    states, distributions = [], {}
     for one in (engine, resumed):
+        earlier, own = masters(one), one.own_weights()
         step(one, STEPS)
+        if one is engine:  # the other goes on without having looked
+            for name, found in one.distributions(own):
+                distributions[name] = (found.weights, found.norm, found.update_norm, earlier[name])
         states.append([torch.as_tensor(value) for state in one._optimizer.state.values() for value in state.values()])
     same = [torch.equal(left, right) for left, right in zip(*states, strict=True)]
     result = {
         "by_hand": by_hand, "before": before, "inside": inside, "after": after, "stored": stored,
         "resumed": all(same) and len(same) > 0, "last": (masters(engine), masters(resumed)),
+        "distributions": distributions,
     }  # fmt: skip
     for one in (engine, resumed):
         one.deepspeed.destroy()

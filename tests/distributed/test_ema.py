@@ -57,3 +57,17 @@ def test_a_checkpoint_holds_the_average_and_going_on_from_it_is_bitwise_the_run(
         assert of_run["resumed"]
         straight, resumed = of_run["last"]
         assert all(torch.equal(straight[weight], resumed[weight]) for weight in straight)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_distributions_are_of_whole_weights_and_of_what_a_step_changed_and_leave_the_run_as_it_was(name, found):
+    """That the run is left as it was is what its equality with the resumed one, above, says."""
+    for rank in found:
+        of_run = rank[name]
+        last = of_run["last"][0]
+        assert set(of_run["distributions"]) == set(last)
+        for weight, (whole, norm, update_norm, earlier) in of_run["distributions"].items():
+            assert torch.equal(whole, last[weight])
+            assert norm == pytest.approx(last[weight].norm().item(), rel=1e-5)
+            assert update_norm == pytest.approx((last[weight] - earlier).norm().item(), rel=1e-4, abs=1e-9)
+        assert of_run["distributions"]["transformer.wte.weight"][2] > 1e-3

@@ -21,7 +21,7 @@ FP32 = str(ROOT / "ds_configs" / "zero2_fp32.json")
 @pytest.fixture(scope="module")
 def finished(write_recipe, tmp_path_factory):
     """(recipe, run, what the terminal showed) of a short run on two ranks."""
-    recipe = write_recipe("causal", evaluation={"every_steps": 2})
+    recipe = write_recipe("causal", evaluation={"every_steps": 2, "histograms_every_steps": 2})
     run = tmp_path_factory.mktemp("finished") / "run"
     return recipe, run, pretrain(2, FP32, recipe, run)
 
@@ -39,6 +39,8 @@ def test_metrics_have_every_field_of_every_step(finished):
         assert 0 <= record["data_wait_seconds"] <= record["step_seconds"]
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "validation" in line] == [0, 2, 4]
+    shares = [line["validation"]["accuracy"] for line in lines if "validation" in line]
+    assert 0 <= shares[0] < shares[-1] < 1
 
 
 def test_tensorboard_shows_the_same_numbers(finished):
@@ -51,6 +53,28 @@ def test_tensorboard_shows_the_same_numbers(finished):
         assert shown == pytest.approx({record["step"]: record[name] for record in metrics(run)})
     assert [event.step for event in events.Scalars("loss/validation")] == [0, 2, 4]
     assert len(list((run / "tensorboard").iterdir())) == 1, "rank 0 alone writes"
+
+
+def test_tensorboard_has_texts_hyperparameters_a_layout_and_histograms(finished):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    _, run, _ = finished
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"histograms": 0}).Reload()
+    for number in range(2):
+        shown = events.Tensors(f"samples/{number}/text_summary")
+        assert [event.step for event in shown] == [0, 2, 4]
+        assert all("continued" in event.tensor_proto.string_val[0].decode() for event in shown)
+    assert events.Tensors("custom_scalars__config__")
+    start, end = (
+        HParamsPluginData.FromString(events.SummaryMetadata(f"_hparams_/session_{what}_info").plugin_data.content)
+        for what in ("start", "end")
+    )
+    assert start.session_start_info.hparams["lr"].number_value == 1e-2
+    assert start.session_start_info.hparams["engine"].string_value == "ZeRO 2, fp32, AdamW"
+    assert end.session_end_info.status == 1, "success"
+    assert [event.step for event in events.Histograms("weights/transformer.h.0.mlp.c_fc.weight")] == [2, 4]
+    assert [event.step for event in events.Scalars("update_norm/transformer.wte.weight")] == [2, 4]
 
 
 def test_what_the_ds_config_monitors_gets_the_same_numbers(finished, tmp_path):
@@ -72,6 +96,7 @@ def test_the_terminal_says_what_runs_and_what_came_of_it(finished):
     assert "ZeRO 2, fp32, AdamW on 2 x cpu" in shown.stdout
     for phase in ("imports", "data", "model", "engine", "first step"):
         assert phase in next(line for line in shown.stdout.splitlines() if line.startswith("start"))
+    assert "memory    0.00 GB of weights" in shown.stdout and "time      said after the first steps" in shown.stdout
     assert "validation loss" in shown.stdout and "unigram entropy" in shown.stdout
     assert f"tensorboard --logdir {run}/tensorboard" in shown.stdout
     assert (run / "logs" / "rank_0.log").exists() and (run / "logs" / "rank_1.log").exists()
