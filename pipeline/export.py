@@ -119,7 +119,8 @@ def export(
     recipe = check_recipe(run["recipe"], str(run_dir / RUN_NAME))
     values = dict(run["model_config"])
     config = AutoConfig.for_model(values.pop("model_type"), **values)
-    losses = [evaluation for evaluation in read_validation(run_dir) if evaluation[0] <= info.step]
+    evaluations = read_validation(run_dir, "ema_loss" if averaged else "loss")
+    losses = [evaluation for evaluation in evaluations if evaluation[0] <= info.step]
     written = dtype or info.precision
     # Where the folder keeps the training precision exactly, that is what is compared; else what it was rounded to.
     compared = info.precision if written == "fp32" else written

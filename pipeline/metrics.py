@@ -217,11 +217,11 @@ def _step_of(line: bytes) -> float:
         return float("inf")
 
 
-def read_validation(output_dir: Path) -> list[tuple[int, float]]:
-    """(step, loss) of every evaluation that a run's metrics hold."""
+def read_validation(output_dir: Path, name: str = "loss") -> list[tuple[int, float]]:
+    """(step, loss) of every evaluation that a run's metrics hold; with name "ema_loss", of the averaged weights."""
     found = []
     for line in (output_dir / METRICS_NAME).read_text().splitlines():
         record = json.loads(line)
-        if "validation" in record:
-            found.append((record["step"], record["validation"]["loss"]))
+        if name in record.get("validation", {}):
+            found.append((record["step"], record["validation"][name]))
     return found
