@@ -2,10 +2,13 @@
 
 import hashlib
 import json
+import os
 import platform
+import re
 import shutil
 import socket
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,41 +31,92 @@ from pipeline.startup import RankError, World
 _REDUCED_BYTES = {"cpu": 1 << 24, "cuda": 1 << 28}
 _MATRIX = {"cpu": 512, "cuda": 4096}
 _REPEATS = 5
+# Settings that may name what is another device on another host, or where it writes.
+_OF_ONE_HOST = re.compile("IFNAME|HCA|ADDR|DEBUG|FILE|TOPO|HOSTID")
+_SEEN_SECONDS = 5.0
 _SLOW = 1.25  # times the median: a rank that takes longer for the same work is named
 
 
-def describe_host(recipe: Recipe, ds_config: Mapping[str, Any]) -> dict[str, str]:
+def describe_host(
+    recipe: Recipe, ds_config: Mapping[str, Any], environment: Mapping[str, str] = os.environ
+) -> dict[str, str]:
     """What has to be the same on every host, by what to call it."""
+    nccl = sorted(name for name in environment if name.startswith("NCCL_") and not _OF_ONE_HOST.search(name))
     configuration = json.dumps([recipe.model_dump(mode="json"), ds_config], sort_keys=True).encode()
     return {
         "commit": str(git_commit()),
         "recipe and ds_config": hashlib.sha256(configuration).hexdigest()[:12],
         "python": platform.python_version(),
+        "NCCL settings": ", ".join(f"{name}={environment[name]}" for name in nccl),
         **package_versions(),
     }
 
 
 def difference(hosts: Sequence[tuple[str, Mapping[str, str]]]) -> str | None:
-    """The first thing in which a host differs from the first one: (name, what `describe_host` says) of each."""
+    """The first thing in which a host differs from the first one: (name, what it has) of each."""
     (first, expected), *others = hosts
     for name, found in others:
         for what, value in expected.items():
             if found.get(what) != value:
-                return f"{name} has {what} {found.get(what)}, {first} has {value}"
+                return f"{name} has {what} {found.get(what) or 'none'}, {first} has {value or 'none'}"
     return None
 
 
-def check_hosts_alike(world: World, recipe: Recipe, ds_config: Mapping[str, Any]) -> int:
-    """The number of hosts; raises UserError on every rank, naming the host, when one of them differs."""
+def _of_hosts(world: World, mine: Any) -> list[tuple[str, Any]]:
+    """(name, what its first rank gave) of every host, in the order of their ranks."""
     from torch import distributed
 
-    mine = (socket.gethostname(), describe_host(recipe, ds_config)) if world.local_rank == 0 else None
     gathered: list[Any] = [None] * world.size
-    distributed.all_gather_object(gathered, mine)
-    hosts = [host for host in gathered if host is not None]
+    distributed.all_gather_object(gathered, (socket.gethostname(), mine) if world.local_rank == 0 else None)
+    return [host for host in gathered if host is not None]
+
+
+def check_hosts_alike(world: World, described: Mapping[str, str]) -> int:
+    """The number of hosts; raises UserError on every rank, naming the host, when one of them differs."""
+    hosts = _of_hosts(world, described)
     if (found := difference(hosts)) is not None:
-        raise UserError(f"{found}: bring the hosts to one commit, one environment and one configuration")
+        raise UserError(f"{found}: bring the hosts to one commit, environment, configuration and copy of the data")
     return len(hosts)
+
+
+def describe_copies(data: Data) -> dict[str, str]:
+    """What each host has read of its own copies, where they are not on shared storage."""
+    shards = {f"data.shards {corpus.name} of fingerprint": corpus.shards.fingerprint[:12] for corpus in data.corpora}
+    return {"data.tokenizer of fingerprint": data.tokenizer.fingerprint[:12], **shards}
+
+
+def check_output_shared(world: World, output_dir: Path) -> None:
+    """Raises UserError on every rank, naming the host, when one does not see what rank 0 writes to the run's folder.
+
+    Each rank writes its part of a checkpoint, and rank 0 commits what is there.
+    """
+    from torch import distributed
+
+    name = [f".seen-by-all-{uuid.uuid4().hex}"]
+    distributed.broadcast_object_list(name, 0)
+    path = output_dir / name[0]
+    if world.is_first:
+        path.touch()
+    world.barrier()
+    hosts = _of_hosts(world, world.local_rank > 0 or _appears(path))
+    if world.is_first:
+        path.unlink()
+    blind = [host for host, sees in hosts if not sees]
+    if blind:
+        raise UserError(
+            f"{', '.join(blind)} does not see what {hosts[0][0]} writes to --output_dir {output_dir}: put it on storage"
+            " that all hosts share"
+        )
+
+
+def _appears(path: Path) -> bool:
+    """Whether a file that another host has made is there, be it after a while (NFS keeps what it knows of folders)."""
+    deadline = time.monotonic() + _SEEN_SECONDS
+    while not path.exists():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
 
 
 def dry_run(

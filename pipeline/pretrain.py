@@ -37,18 +37,21 @@ def run(arguments: Arguments, timings: Timings, interruption: Interruption) -> N
     from pipeline.batch import plan_batches
     from pipeline.data import is_missing, open_data, plan_samples, prepare, resolve_weights, wait_for_shards
     from pipeline.ds_config import check_ranks, complete_ds_config, describe, precision, zero_stage
+    from pipeline.launchers import check_hosts_asked_for, runner_arguments
     from pipeline.loader import Ahead, step_batches, validation_batches
     from pipeline.metrics import Metrics
-    from pipeline.preflight import check_hosts_alike, dry_run
+    from pipeline.preflight import check_hosts_alike, check_output_shared, describe_copies, describe_host, dry_run
     from pipeline.profiling import Profiler
     from pipeline.report import describe_data, hyperparameters, step_values, validation_values
     from pipeline.startup import init_distributed, open_log
 
     if arguments.deterministic:
         use_deterministic_algorithms()
+    check_hosts_asked_for(os.environ, runner_arguments())
     world = init_distributed()
     output_dir = arguments.output_dir
     logger = open_log(output_dir, world.rank)
+    check_output_shared(world, output_dir)
     check_ranks(ds_config, str(arguments.deepspeed_config), device=world.device.type, world_size=world.size)
     check_stage(recipe.model.activation_checkpointing, zero_stage(ds_config))
     resume_from = checkpoint.find(arguments.resume, output_dir)
@@ -67,7 +70,7 @@ def run(arguments: Arguments, timings: Timings, interruption: Interruption) -> N
         device=world.device.type,
     )
     ds_config = complete_ds_config(ds_config, recipe, batches)
-    hosts = check_hosts_alike(world, recipe, ds_config)
+    hosts = check_hosts_alike(world, describe_host(recipe, ds_config))
     timings.finished("imports")
 
     # The data, made first where the recipe says how; and C++ ops, built ahead once a host.
@@ -82,6 +85,7 @@ def run(arguments: Arguments, timings: Timings, interruption: Interruption) -> N
         if first:
             plan_samples(recipe)
     data = open_data(recipe)
+    check_hosts_alike(world, describe_copies(data))
     if resume_from is not None:
         provenance.check_data(output_dir, data)
     ops.build_ops(ops.required_ops(ds_config, world.device.type), logger.info)
@@ -272,15 +276,15 @@ def run(arguments: Arguments, timings: Timings, interruption: Interruption) -> N
 
 
 def main(argv: list[str]) -> int:
-    set_environment()
     timings = Timings.since_process_start()
     try:
+        set_environment()
         run(parse_arguments(argv), timings, Interruption())
     except UserError as error:
         # Every rank meets a mistake in the configuration; one line a machine says it.
         if isinstance(error, RankError):
             print(f"error: rank {os.environ['RANK']}: {error}", file=sys.stderr, flush=True)
-        elif os.environ["LOCAL_RANK"] == "0":
+        elif os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
     except KeyboardInterrupt:

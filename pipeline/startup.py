@@ -4,7 +4,6 @@ import contextlib
 import logging
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 from data_prep.errors import UserError
+from pipeline.launchers import choose_interface, rank_variables
 
 if TYPE_CHECKING:
     import torch
@@ -23,24 +23,12 @@ def set_environment() -> None:
     """Fills in what the launcher and the user have left open; must run before torch is imported.
 
     Each rank gets its share of the cores: without a limit every rank's thread pool takes all of them, and two ranks
-    on two cores run about seven times slower. Without a launcher the process is a world of one rank.
+    on two cores run about seven times slower.
     """
-    local_ranks = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    os.environ.update(rank_variables(os.environ))
     cores = len(os.sched_getaffinity(0))
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // local_ranks)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // int(os.environ["LOCAL_SIZE"]))))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if "RANK" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        os.environ.update(
-            RANK="0",
-            LOCAL_RANK="0",
-            WORLD_SIZE="1",
-            LOCAL_SIZE="1",
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(port),
-        )
 
 
 class RankError(UserError):
@@ -178,6 +166,8 @@ def init_distributed() -> World:
 
     skip_unused_ops()
     rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+    if (interface := choose_interface(os.environ)) is not None:
+        os.environ["GLOO_SOCKET_IFNAME"] = interface
     accelerator = get_accelerator()
     if accelerator.device_name() != "cpu":
         accelerator.set_device(local_rank)

@@ -2,12 +2,8 @@
 
 import re
 import shutil
-import struct
-import subprocess
-import zlib
 from html.parser import HTMLParser
 
-import numpy as np
 import pytest
 
 from data_prep.findings import Findings, funnel, look_at
@@ -15,6 +11,7 @@ from data_prep.inspect import choose_tokenizer
 from data_prep.manifest import read_manifest
 from data_prep.mix import KIND as MIXTURE
 from data_prep.report import page, text
+from tests.browser import area, chromium, pixels
 from tests.data_prep.made_folders import EVIL, make_documents, make_shards, make_tokenizer
 
 READ = [f"Number {n}: {'some words of it ' * (n % 9)}the end." for n in range(1060)]
@@ -238,61 +235,6 @@ def test_a_report_that_cannot_be_written_is_one_error(made, tmp_path, data_prep)
     (tmp_path / "file").write_text("")
     outcome = data_prep("inspect", made / "clean", "--report", tmp_path / "file/report.html")
     assert f"{tmp_path}/file" in outcome.error
-
-
-def pixels(png: bytes) -> np.ndarray:
-    """The pixels of an 8-bit RGB or RGBA image [height, width, 3]."""
-    width, height, depth, colour = struct.unpack(">IIBB", png[16:26])
-    assert png[:8] == b"\x89PNG\r\n\x1a\n" and depth == 8 and colour in (2, 6)
-    data, position = b"", 8
-    while position < len(png):
-        (size,) = struct.unpack(">I", png[position : position + 4])
-        if png[position + 4 : position + 8] == b"IDAT":
-            data += png[position + 8 : position + 8 + size]
-        position += size + 12
-    channels = 3 if colour == 2 else 4
-    raw = np.frombuffer(zlib.decompress(data), np.uint8).reshape(height, 1 + width * channels)
-    lines = np.zeros((height + 1, width, channels), np.int64)
-    for y in range(height):  # PNG specification, 9.2: filter types
-        kind, line = raw[y, 0], raw[y, 1:].reshape(width, channels).astype(np.int64)
-        above = lines[y]
-        if kind == 0:
-            lines[y + 1] = line
-        elif kind == 1:
-            lines[y + 1] = np.cumsum(line, axis=0) % 256
-        elif kind == 2:
-            lines[y + 1] = (line + above) % 256
-        else:
-            out = np.zeros((width + 1, channels), np.int64)
-            corner = np.concatenate([np.zeros((1, channels), np.int64), above])
-            for x in range(width):
-                left, up, diagonal = out[x], above[x], corner[x]
-                if kind == 3:
-                    guess = (left + up) // 2
-                else:
-                    distances = np.abs(np.stack([up - diagonal, left - diagonal, left + up - 2 * diagonal]))
-                    choice = distances.argmin(axis=0)
-                    guess = np.choose(choice, [left, up, diagonal])
-                out[x + 1] = (line[x] + guess) % 256
-            lines[y + 1] = out[1:]
-    return lines[1:, :, :3]
-
-
-def chromium(tmp_path, *arguments: str) -> bytes:
-    """Runs a headless chromium; skips the test where there is none."""
-    program = shutil.which("chromium") or shutil.which("chromium-browser")
-    if program is None:
-        pytest.skip("chromium is not installed")
-    switches = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
-    switches += " --disable-component-update --disable-sync --hide-scrollbars --disable-dev-shm-usage"
-    profile = f"--user-data-dir={tmp_path / 'profile'}"
-    return subprocess.run([program, *switches.split(), profile, *arguments], capture_output=True, check=True).stdout
-
-
-def area(image: np.ndarray, colour: str) -> int:
-    """Pixels of exactly this colour."""
-    wanted = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
-    return int((image == wanted).all(axis=2).sum())
 
 
 def test_a_browser_shows_the_page(source, tmp_path):

@@ -6,6 +6,8 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,14 +53,20 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def launch(ranks: int, script: str | Path, *arguments: object, check: bool = True) -> Finished:
-    """`deepspeed --num_accelerators RANKS SCRIPT ARGUMENTS...`; with `check`, a failure fails the test."""
+def launch(
+    ranks: int, script: str | Path, *arguments: object, check: bool = True, launcher: Sequence[object] = ()
+) -> Finished:
+    """`deepspeed --num_accelerators RANKS SCRIPT ARGUMENTS...`; with `check`, a failure fails the test.
+
+    launcher: more of `deepspeed`'s own arguments.
+    """
     command = [
         str(Path(sys.executable).parent / "deepspeed"),
         "--num_accelerators",
         str(ranks),
         "--master_port",
         str(free_port()),
+        *map(str, launcher),
         str(script),
         *map(str, arguments),
     ]
@@ -83,6 +91,14 @@ def metrics(output_dir: Path) -> list[dict[str, Any]]:
     """The steps of a run's metrics.jsonl."""
     records = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
     return [record for record in records if "loss" in record]
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 300.0) -> None:
+    """Waits for something to be true; fails the test after so many seconds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not so after {seconds:.0f} s"
+        time.sleep(0.05)
 
 
 def relative_difference(left: float, right: float) -> float:

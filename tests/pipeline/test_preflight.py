@@ -7,7 +7,7 @@ import pytest
 
 from data_prep.shards import ShardSet
 from pipeline import preflight
-from pipeline.preflight import check_disk, check_shards, describe_host, difference
+from pipeline.preflight import check_disk, check_shards, describe_copies, describe_host, difference
 from pipeline.recipe import check_recipe
 from pipeline.startup import RankError
 
@@ -34,6 +34,39 @@ def test_the_host_that_differs_is_named_with_what_and_how():
     assert difference([("a", first), ("b", first), ("c", older)]) == f"c has torch 2.11.0, a has {first['torch']}"
     other = describe_host(recipe(), {"train_batch_size": 16})
     assert "b has recipe and ds_config" in difference([("a", first), ("b", other)])
+
+
+def test_nccl_settings_are_compared_but_for_those_of_a_hosts_own_devices():
+    mine = {
+        "NCCL_ALGO": "Ring",
+        "NCCL_PROTO": "Simple",
+        "NCCL_SOCKET_IFNAME": "eth0",
+        "NCCL_IB_HCA": "mlx5_0",
+        "A": "b",
+    }
+    first = describe_host(recipe(), {}, mine)
+    assert first["NCCL settings"] == "NCCL_ALGO=Ring, NCCL_PROTO=Simple"
+    assert (
+        difference([("a", first), ("b", describe_host(recipe(), {}, {**mine, "NCCL_SOCKET_IFNAME": "eth7"}))]) is None
+    )
+    without = describe_host(recipe(), {}, {})
+    assert difference([("a", first), ("b", without)]) == (
+        "b has NCCL settings none, a has NCCL_ALGO=Ring, NCCL_PROTO=Simple"
+    )
+    assert difference([("a", without), ("b", first)]) == (
+        "b has NCCL settings NCCL_ALGO=Ring, NCCL_PROTO=Simple, a has none"
+    )
+
+
+def test_copies_of_other_shards_are_named():
+    def data(fingerprint):
+        corpus = SimpleNamespace(name="wiki", shards=SimpleNamespace(fingerprint=fingerprint))
+        return SimpleNamespace(corpora=[corpus], tokenizer=SimpleNamespace(fingerprint="t" * 64))
+
+    described = [describe_copies(data(letter * 64)) for letter in "aab"]
+    assert difference(list(zip("xyz", described, strict=True))) == (
+        "z has data.shards wiki of fingerprint bbbbbbbbbbbb, x has aaaaaaaaaaaa"
+    )
 
 
 @pytest.mark.parametrize("damage", ["cut", "gone"])

@@ -1,0 +1,224 @@
+"""Runs across two hosts with an address, a name, a home and an sshd each: by `deepspeed` through pdsh and ssh, by
+torchrun, as srun does; what ends them; what is refused at their start."""
+
+import importlib.metadata
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.distributed.hosts import Host, skip_without_namespaces, two_hosts
+from tests.distributed.ranks import launch, metrics, pretrain, wait_until
+
+pytestmark = pytest.mark.ranks
+FP32 = "ds_configs/zero2_fp32.json"
+BOTH = {"node-1": 1, "node-2": 1}
+NUMBERS = ("step", "loss", "learning_rate", "grad_norm", "tokens", "samples")
+CONSTANT = {"type": "constant", "warmup_steps": 2}  # the same numbers, however many steps there are to come
+
+
+@pytest.fixture(scope="module")
+def hosts(tmp_path_factory):
+    skip_without_namespaces()
+    with two_hosts(tmp_path_factory.mktemp("hosts")) as found:
+        # Both hosts share this machine's cores, and do not know of one another.
+        (found[0].home / ".deepspeed_env").write_text("OMP_NUM_THREADS=1\n")
+        yield found
+
+
+class Run:
+    """`deepspeed --hostfile ... pipeline/pretrain.py ARGUMENTS...` at work on the first host; `with` ends it."""
+
+    def __init__(self, hosts: Sequence[Host], folder: Path, slots: dict[str, int], *arguments: object) -> None:
+        self._hosts = hosts
+        hostfile, self._output = folder / "hostfile", folder / "output"
+        hostfile.write_text("".join(f"{name} slots={number}\n" for name, number in slots.items()))
+        deepspeed = Path(sys.executable).parent / "deepspeed"
+        with open(self._output, "w") as output:
+            self._process = subprocess.Popen(
+                hosts[0].command(
+                    deepspeed, "--hostfile", hostfile, "pipeline/pretrain.py", "--deepspeed_config", FP32, *arguments
+                ),
+                env=hosts[0].environment(),
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for host in self._hosts:
+            subprocess.run(host.command("pkill", "-KILL", "-f", "pretrain.py"))
+        self._process.wait(timeout=60)
+
+    def is_over(self) -> bool:
+        return self._process.poll() is not None
+
+    def interrupt(self) -> None:
+        """As Ctrl-C at the terminal of the `deepspeed` command does."""
+        (deepspeed,) = psutil.Process(self._process.pid).children()  # of nsenter, which has no way to pass it on
+        deepspeed.send_signal(signal.SIGINT)
+
+    def output(self) -> str:
+        return self._output.read_text()
+
+    def status(self) -> int:
+        """Waits for the end."""
+        wait_until(self.is_over)
+        return self._process.returncode
+
+
+def numbers(run: Path) -> list[list[float]]:
+    return [[record[name] for name in NUMBERS] for record in metrics(run)]
+
+
+@pytest.fixture(scope="module")
+def on_one_host(write_recipe, tmp_path_factory):
+    """(recipe, run) of two ranks on one host."""
+    recipe = write_recipe("causal", schedule=CONSTANT, checkpoint={"every_steps": 2})
+    run = tmp_path_factory.mktemp("one") / "run"
+    pretrain(2, FP32, recipe, run)
+    return recipe, run
+
+
+def test_a_run_on_two_hosts_has_the_numbers_of_one_host(hosts, on_one_host, tmp_path):
+    recipe, expected = on_one_host
+    run = tmp_path / "run"
+    with Run(hosts, tmp_path, BOTH, "--recipe", recipe, "--output_dir", run) as process:
+        assert process.status() == 0, process.output()
+    output = process.output()
+    assert "node-1: engine" in output and "1 threads each on 2 hosts" in output  # as ~/.deepspeed_env has it
+    assert numbers(run) == numbers(expected) and len(numbers(run)) == 4
+    assert (run / "logs" / "rank_1.log").exists()
+
+
+def on_both(hosts: Sequence[Host], command: Sequence[object], variables: Sequence[dict[str, str]]) -> list[str]:
+    """Runs a command on each host at once, with those variables, and returns what each has shown."""
+    processes = [
+        subprocess.Popen(
+            host.command(*command),
+            env=host.environment(OMP_NUM_THREADS="1", **more),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for host, more in zip(hosts, variables, strict=True)
+    ]
+    try:
+        outputs = [process.communicate(timeout=300)[0] for process in processes]
+    finally:
+        for host in hosts:
+            subprocess.run(host.command("pkill", "-KILL", "-f", "pretrain.py"))
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    return outputs
+
+
+def test_torchrun_on_each_host_is_the_same_run(hosts, on_one_host, tmp_path):
+    """As the pods of docs/kubernetes start it: the place of the host is in the environment."""
+    recipe, expected = on_one_host
+    torchrun = Path(sys.executable).parent / "torchrun"
+    flags = ("--deepspeed_config", FP32, "--recipe", recipe, "--output_dir", tmp_path / "run")
+    shared = {"PET_NNODES": "2", "PET_NPROC_PER_NODE": "1", "PET_MASTER_ADDR": "node-1", "PET_MASTER_PORT": "29500"}
+    places = [{**shared, "PET_NODE_RANK": place} for place in "01"]
+    outputs = on_both(hosts, (torchrun, "pipeline/pretrain.py", *flags), places)
+    assert "on 2 hosts" in outputs[0]
+    assert numbers(tmp_path / "run") == numbers(expected)
+
+
+def test_tasks_of_srun_are_the_same_run(hosts, on_one_host, tmp_path):
+    """A task on each host with what srun leaves in its environment; Slurm itself is not there."""
+    recipe, expected = on_one_host
+    step = {
+        "SLURM_JOB_ID": "4711",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_STEP_NUM_NODES": "2",
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_STEP_TASKS_PER_NODE": "1(x2)",
+        "SLURM_STEP_NODELIST": "node-[1-2]",
+        "SLURM_LOCALID": "0",
+    }
+    flags = ("--deepspeed_config", FP32, "--recipe", recipe, "--output_dir", tmp_path / "run")
+    tasks = [{**step, "SLURM_PROCID": place, "SLURM_NODEID": place} for place in "01"]
+    outputs = on_both(hosts, (sys.executable, "pipeline/pretrain.py", *flags), tasks)
+    assert "on 2 hosts" in outputs[0]
+    assert numbers(tmp_path / "run") == numbers(expected)
+
+
+def test_a_cut_wire_ends_the_run_and_the_host_that_is_left_goes_on(hosts, on_one_host, tmp_path):
+    recipe, expected = on_one_host
+    run = tmp_path / "run"
+    arguments = ("--recipe", recipe, "--output_dir", run)
+    with Run(hosts, tmp_path, BOTH, *arguments, "--training.max_steps", 4000) as process:
+        wait_until(lambda: (run / "checkpoints" / "step-00000002").exists() or process.is_over())
+        with hosts[1].wire_cut():
+            wait_until(lambda: "pdsh@node-1-itself: node-2: ssh exited with exit code 255" in process.output())
+            process.interrupt()
+            assert process.status() != 0
+    assert not list((run / "checkpoints").glob("*.partial*"))
+
+    done = max(int(folder.name.removeprefix("step-")) for folder in (run / "checkpoints").glob("step-*"))
+    with Run(hosts, tmp_path, {"node-1": 2}, *arguments, "--training.max_steps", done + 2) as process:
+        assert process.status() == 0, process.output()
+    output = process.output()
+    assert f"resumed   from {run}/checkpoints/step-{done:08d}, after step {done}" in output and "hosts" not in output
+    assert [record["step"] for record in metrics(run)] == list(range(1, done + 3))
+    assert numbers(run)[:4] == numbers(expected)
+
+
+def test_hosts_with_different_packages_are_named(hosts, on_one_host, tmp_path):
+    """node-2 has another version of tokenizers, by its own metadata."""
+    recipe, _ = on_one_host
+    version = importlib.metadata.version("tokenizers")
+    (metadata,) = (
+        path.locate()
+        for path in importlib.metadata.files("tokenizers")
+        if path.match("tokenizers-*.dist-info/METADATA")
+    )
+    (tmp_path / "METADATA").write_text(Path(metadata).read_text().replace(f"Version: {version}\n", "Version: 0.0.1\n"))
+    run = tmp_path / "run"
+    hosts[1].run("mount", "--bind", tmp_path / "METADATA", metadata)
+    try:
+        with Run(hosts, tmp_path, BOTH, "--recipe", recipe, "--output_dir", run) as process:
+            assert process.status() != 0
+    finally:
+        hosts[1].run("umount", metadata)
+    output = process.output()
+    said = f"error: node-2-itself has tokenizers 0.0.1, node-1-itself has {version}: bring the hosts to one commit"
+    assert [line for line in output.splitlines() if "error: " in line and said in line], output
+    assert not (run / "metrics.jsonl").exists()
+
+
+def test_an_output_folder_that_the_hosts_do_not_share_is_refused(hosts, on_one_host, tmp_path):
+    """node-2 has an empty file system where node-1 has the run."""
+    recipe, _ = on_one_host
+    run = tmp_path / "runs" / "run"
+    run.parent.mkdir()
+    hosts[1].run("mount", "-t", "tmpfs", "none", run.parent)
+    try:
+        with Run(hosts, tmp_path, BOTH, "--recipe", recipe, "--output_dir", run) as process:
+            assert process.status() != 0
+    finally:
+        hosts[1].run("umount", "--lazy", run.parent)
+    said = f"error: node-2-itself does not see what node-1-itself writes to --output_dir {run}: put it on storage"
+    assert [line for line in process.output().splitlines() if said in line], process.output()
+    assert {path.name for path in run.iterdir()} == {"logs"}
+
+
+def test_a_missing_hostfile_does_not_train_on_this_machine_alone(on_one_host, tmp_path):
+    recipe, _ = on_one_host
+    run, hostfile = tmp_path / "run", tmp_path / "hostfile"
+    flags = ("--deepspeed_config", FP32, "--recipe", recipe, "--output_dir", run)
+    finished = launch(2, "pipeline/pretrain.py", *flags, check=False, launcher=("--hostfile", hostfile))
+    assert finished.status != 0
+    assert finished.error_lines == [
+        f"error: `deepspeed --hostfile {hostfile}` found no file {hostfile}, and 1 host with 2 ranks in all would"
+        " train; name the file that lists the hosts (as hostfile.example does), or leave --hostfile out to train on"
+        " this machine alone"
+    ]
+    assert "Unable to find hostfile, will proceed with training" in finished.stdout + finished.stderr
+    assert "Traceback" not in finished.stderr and not run.exists()
