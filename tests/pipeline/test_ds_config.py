@@ -11,7 +11,9 @@ from data_prep.errors import UserError
 from pipeline import ds_config
 from pipeline.batch import BatchPlan, plan_batches
 from pipeline.ds_config import (
+    check_average,
     check_carried_out,
+    check_histograms,
     check_ranks,
     complete_ds_config,
     compute_precision,
@@ -263,6 +265,33 @@ def test_deprecated_ways_to_say_stage_and_offload_are_understood() -> None:
     assert offload_device({"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}}, "optimizer") == (
         "none"
     )
+
+
+@pytest.mark.parametrize(
+    ("section", "allowed"),
+    [
+        ({"stage": 2}, True),
+        ({"stage": 2, "offload_optimizer": {"device": "cpu"}}, True),
+        ({"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}, False),
+        ({"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/tmp"}}, False),
+    ],
+)
+def test_an_average_of_the_weights_needs_states_that_can_be_reached(section: dict[str, Any], allowed: bool) -> None:
+    config = {"zero_optimization": section}
+    check_average(config, None)
+    if allowed:
+        check_average(config, 0.999)
+        return
+    with pytest.raises(UserError, match=r"optimizer\.ema_decay is 0\.999, .* offload_optimizer"):
+        check_average(config, 0.999)
+
+
+def test_histograms_are_not_read_from_a_drive() -> None:
+    on_drive = {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/tmp"}}}
+    check_histograms(on_drive, 0)
+    check_histograms({"zero_optimization": {"stage": 3}}, 100)
+    with pytest.raises(UserError, match=r"evaluation\.histograms_every_steps is 100, .* NVMe"):
+        check_histograms(on_drive, 100)
 
 
 def test_a_scheduler_that_the_recipe_has_not_is_refused() -> None:
