@@ -19,7 +19,7 @@ from pipeline.hardware import GPUS, Gpu, find_gpu
 
 if TYPE_CHECKING:
     from pipeline.batch import BatchPlan
-    from pipeline.recipe import Recipe
+    from pipeline.recipe import OptimizerSection, Recipe
 
 EXAMPLES = """\
 examples:
@@ -121,10 +121,10 @@ def card(name: str) -> tuple[str, Gpu]:
     return _GPU_NAMES[key], GPUS[_GPU_NAMES[key]]
 
 
-def zero_of(ds_config: Mapping[str, Any], optimizer: str, *, averages: bool = False) -> Zero:
+def zero_of(ds_config: Mapping[str, Any], optimizer: "OptimizerSection") -> Zero:
     """What memory and messages follow from in a ds_config, with DeepSpeed's defaults for what it leaves out.
 
-    optimizer: type of the recipe's (costs.MOMENTS). averages: whether it keeps an average of the weights as well.
+    optimizer: the recipe's, whose states are costs.MOMENTS and the average of the weights.
     """
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
@@ -141,7 +141,7 @@ def zero_of(ds_config: Mapping[str, Any], optimizer: str, *, averages: bool = Fa
         precision=precision(ds_config),
         accumulation_bytes=_DTYPE_BYTES[accumulated] if accumulated else weight,
         communication_bytes=_DTYPE_BYTES.get(sent, weight),
-        moment_bytes=costs.FP32 * (costs.MOMENTS[optimizer] + averages),
+        moment_bytes=costs.FP32 * (costs.MOMENTS[optimizer.type] + (optimizer.ema_decay is not None)),
         optimizer_device=offload_device(ds_config, "optimizer"),
         parameter_device=offload_device(ds_config, "param"),
         reduce_bucket_size=found.reduce_bucket_size,
@@ -234,11 +234,11 @@ def ways(
     return found
 
 
-def choose(found: list[Way], given: Mapping[str, Any], optimizer: str) -> Way | None:
+def choose(found: list[Way], given: Mapping[str, Any], optimizer: "OptimizerSection") -> Way | None:
     """The first that fits and is within CLOSE of the fastest; None where nothing fits.
 
     Stage 0 in 16 bits accumulates gradients in 16 bits and NVMe needs a path: neither is chosen where the optimizer
-    leaves another. given: the ds_config. optimizer: type of the recipe's, which not every stage takes.
+    leaves another. given: the ds_config. optimizer: the recipe's, which not every stage takes.
     """
     fitting = [entry for entry in found if entry.time is not None and _takes(entry, given, optimizer)]
     usual = [
@@ -251,12 +251,14 @@ def choose(found: list[Way], given: Mapping[str, Any], optimizer: str) -> Way | 
     return next((entry for entry in fitting if entry.time and entry.time.total <= CLOSE * best), None)
 
 
-def _takes(entry: Way, given: Mapping[str, Any], optimizer: str) -> bool:
-    """Whether DeepSpeed carries this optimizer out that way."""
-    from pipeline.ds_config import check_optimizer
+def _takes(entry: Way, given: Mapping[str, Any], optimizer: "OptimizerSection") -> bool:
+    """Whether DeepSpeed carries this optimizer out that way, and the average of the weights can be kept."""
+    from pipeline.ds_config import check_average, check_optimizer
 
     try:
-        check_optimizer(ds_config_of(entry, given), optimizer)
+        config = ds_config_of(entry, given)
+        check_optimizer(config, optimizer.type)
+        check_average(config, optimizer.ema_decay)
     except UserError:
         return False
     return True
@@ -406,8 +408,8 @@ def plan(
         )
     shape, parameters, model_type = measure(recipe)
     batch = batch_of(recipe)
-    given = zero_of(ds_config, recipe.optimizer.type, averages=recipe.optimizer.ema_decay is not None)
-    optimizer = recipe.optimizer.type
+    given = zero_of(ds_config, recipe.optimizer)
+    optimizer = recipe.optimizer
 
     def best(world_size: int, samples: int) -> Way | None:
         scaled = replace(cluster, world_size=world_size)
@@ -493,7 +495,7 @@ def expectations(
 
     gpus_per_node: ranks of this host.
     """
-    zero = zero_of(ds_config, recipe.optimizer.type, averages=recipe.optimizer.ema_decay is not None)
+    zero = zero_of(ds_config, recipe.optimizer)
     batch, world_size = batch_of(recipe), batches.world_size
     micro, accumulation = batches.micro_batch_size, batches.gradient_accumulation_steps
     states = costs.state_memory(shape.groups, zero, world_size, accumulation)

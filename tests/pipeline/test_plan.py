@@ -13,7 +13,7 @@ from pipeline import costs, plan
 from pipeline.configuration import resolve
 from pipeline.costs import Batch, Zero
 from pipeline.hardware import GPUS, find_gpu, peak_flops
-from pipeline.recipe import RECIPES
+from pipeline.recipe import RECIPES, OptimizerSection
 
 DS_CONFIGS = Path(__file__).parents[2] / "ds_configs"
 HIDDEN, HEADS, SEQUENCE, SAMPLES, LAYERS = 128, 4, 64, 2, 3
@@ -236,10 +236,24 @@ def test_mistakes_are_one_line(flags, message, capsys):
 
 def test_offloaded_and_sharded_settings_are_read_from_the_ds_config():
     _, ds_config = resolve(RECIPES / "demo-gpt.yaml", (), DS_CONFIGS / "zero3_offload.json")
-    zero = plan.zero_of(ds_config, "Lion")
+    zero = plan.zero_of(ds_config, OptimizerSection(type="Lion", lr=1e-3))
     assert (zero.stage, zero.optimizer_device, zero.parameter_device, zero.moment_bytes) == (3, "cpu", "cpu", 4)
     assert zero.accumulation_bytes == 4 and zero.communication_bytes == 2 and zero.reduce_bucket_size == 50_000_000
     assert zero.overlap_comm and math.isclose(zero.max_live_parameters, 1e9)
+    averaging = plan.zero_of(ds_config, OptimizerSection(type="Lion", lr=1e-3, ema_decay=0.99))
+    assert averaging.moment_bytes == 8
+
+
+def test_padding_of_the_vocabulary_counts_in_memory_alone():
+    """50,257 words are 50,304 rows of 768."""
+    recipe, _ = resolve(RECIPES / "gpt2-124m.yaml", (), DS_CONFIGS / "zero2.json")
+    whole, _ = resolve(
+        RECIPES / "gpt2-124m.yaml", (("model.pad_vocab_to_multiple_of", "1"),), DS_CONFIGS / "zero2.json"
+    )
+    (padded, parameters, _), (plain, *_) = plan.measure(recipe), plan.measure(whole)
+    assert padded.vocabulary == 50304 and plain.vocabulary == 50257
+    assert padded.parameters - plain.parameters == 47 * 768 and parameters == plain.parameters
+    assert padded.flops_a_token == plain.flops_a_token
 
 
 def test_an_optimizer_that_only_stage_0_takes_is_planned_there(capsys):
