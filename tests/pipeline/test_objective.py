@@ -305,6 +305,26 @@ def test_evaluation_has_the_losses_of_training_without_a_graph():
     assert not trained.of_tokens.requires_grad and torch.equal(found.of_tokens, trained.of_tokens)
 
 
+@pytest.mark.parametrize(
+    ("model_type", "objective", "changes"),
+    [("gpt2", "causal", {}), ("bert", "mlm", {}), ("granite", "causal", {"logits_scaling": 3.0})],
+)
+def test_evaluation_says_which_targets_have_the_highest_logit(model_type, objective, changes, short_chunks):
+    """Granite keeps its logits. Half of the targets are made the likeliest."""
+    model = small_model(model_type, objective, **changes).eval()
+    batch = batch_of(objective, boundaries=None)
+    likeliest = model(input_ids=batch.input_ids).logits.argmax(-1).flatten()
+    likeliest = likeliest if batch.targets is None else likeliest[batch.targets]
+    ids = batch.target_ids.flatten()
+    ids = torch.where(torch.arange(len(ids)) % 2 == 0, likeliest, ids)
+    head = LossHead(model, CPU)
+    batch = dataclasses.replace(batch, target_ids=ids)
+    with torch.no_grad():
+        found = losses(head, batch, torch.float32)
+    assert torch.equal(found.correct, ids == likeliest) and 0.4 < found.correct.float().mean() < 0.8
+    assert losses(head, batch, torch.float32).correct is None
+
+
 def test_gradients_are_given_out_once():
     model = small_model("gpt2", "causal")
     found = losses(LossHead(model, CPU), batch_of("causal"), torch.float32).trained
