@@ -54,6 +54,8 @@ def _kept_operators() -> "list[torch._ops.OpOverload]":
     import torch
     from torch.nn.attention import varlen  # noqa: F401  (registers its operator)
 
+    from pipeline import dropout
+
     aten = torch.ops.aten
     return [
         aten.mm.default,
@@ -65,4 +67,5 @@ def _kept_operators() -> "list[torch._ops.OpOverload]":
         aten._scaled_dot_product_efficient_attention.default,
         aten._scaled_dot_product_cudnn_attention.default,
         torch.ops.torch_attn._varlen_attn.default,
+        dropout.operators().attention.default,
     ]

@@ -9,6 +9,8 @@ reads from its kind which kernel is meant:
     BlockMask                               FlexAttention: float32, head sizes and GPUs that varlen_attn does not take
     none                                    plain attention, exactly transformers' "sdpa"
 
+On CPUs, where SDPA's kernels have no dropout, pipeline.dropout takes over when there is dropout in attention.
+
 On CPUs one masked call costs what plain attention costs, since the kernel skips nothing: forward and backward of a
 whole model take between 1 % less and 2 % more with it (demo-gpt, demo-bert, bert-base at 512 tokens; 2 to 6 documents a
 row; float32 and bfloat16). A call a document takes 3 to 7 % less at 512 tokens, but up to 8 % more at 128: one way for
@@ -137,6 +139,8 @@ def choose_kernel(device: "torch.device", dtype: "torch.dtype", config: "Pretrai
 def describe(device: "torch.device", dtype: "torch.dtype", config: "PretrainedConfig") -> str:
     """How documents are kept apart, for the log: one phrase."""
     kernel = choose_kernel(device, dtype, config)
+    if device.type == "cpu" and _dropout(config) > 0:
+        return "document attention with dropout in blocks of queries"
     if device.type == "cuda" and (dropout := _dropout(config)) > 0:
         return f"document attention by {kernel} with a mask (attention dropout is {dropout:g}, others have none)"
     if device.type == "cuda" and kernel == "SDPA":
@@ -205,7 +209,46 @@ def document_attention(
         boundaries = attention_mask.flatten()
         longest = query.shape[2] if longest_document is None else longest_document
         return _varlen_attention(module, query, key, value, boundaries, longest, **kwargs), None
+    if query.device.type == "cpu" and kwargs.get("dropout"):
+        output = _cpu_attention(module, query, key, value, attention_mask, **kwargs)
+        if output is not None:
+            return output, None
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+def _cpu_attention(
+    module: Any,
+    query: "torch.Tensor",
+    key: "torch.Tensor",
+    value: "torch.Tensor",
+    mask: "torch.Tensor | None",
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> "torch.Tensor | None":
+    """Attention with dropout [batch, sequence, heads, head size]; None where SDPA has to compute it."""
+    import torch
+
+    from pipeline.dropout import attention
+
+    if torch.is_autocast_enabled("cpu"):
+        query, key, value = (tensor.to(torch.get_autocast_dtype("cpu")) for tensor in (query, key, value))
+    heads, sequence, size = query.shape[1:]
+    if (
+        not 0 < dropout < 1
+        or query.dtype not in (torch.float32, torch.bfloat16)
+        or key.shape[2] != sequence
+        or not (mask is None or (mask.dtype == torch.bool and mask.shape[1:] == (1, sequence, sequence)))
+        or any(kwargs.get(name) is not None for name in _SCORE_CHANGES)
+    ):
+        return None
+    if key.shape[1] != heads:
+        key, value = (tensor.repeat_interleave(heads // key.shape[1], 1) for tensor in (key, value))
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if mask is None and causal:
+        mask = torch.ones(1, 1, sequence, sequence, dtype=torch.bool).tril()
+    return attention(query, key, value, mask, size**-0.5 if scaling is None else scaling, dropout)
 
 
 def _varlen_attention(

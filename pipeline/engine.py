@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from data_prep.encoding import Encoder
 from data_prep.randomness import seed_of
-from pipeline import distributions, ema
+from pipeline import distributions, dropout, ema
 from pipeline.attention import check_isolation
 from pipeline.ds_config import TORCH_DTYPES, compute_precision, precision, zero_stage
 from pipeline.heads import LossHead
@@ -90,6 +90,8 @@ class Engine:
         self._seed = seed
         self._corpora = corpora
         self.dtype = getattr(torch, TORCH_DTYPES[compute_precision(ds_config)])
+        if world.device.type == "cpu":
+            dropout.use_in(model)
         optimizer = make_optimizer(model, recipe, ds_config)
         self.deepspeed, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=ds_config, dist_init_required=False

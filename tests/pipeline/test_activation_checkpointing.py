@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from data_prep.errors import UserError
-from pipeline import attention
+from pipeline import attention, dropout
 from pipeline.activation_checkpointing import check_stage, enable
 from pipeline.model import auto_class
 from pipeline.token_drop import install, kept_positions
@@ -39,7 +39,9 @@ def make(model_type):
     objective, values = MODELS[model_type]
     torch.manual_seed(1)
     config = AutoConfig.for_model(model_type, **values)
-    return auto_class(objective).from_config(config, attn_implementation=attention.register()).train()
+    model = auto_class(objective).from_config(config, attn_implementation=attention.register()).train()
+    dropout.use_in(model)
+    return model
 
 
 def run(model, mode, drop=False):
