@@ -71,7 +71,7 @@ def use_in(model: "PreTrainedModel") -> None:
         for name, child in module.named_children():
             if type(child) is nn.Dropout:
                 setattr(module, name, Dropout(child.p).train(child.training))
-    if model.config._attn_implementation == "sdpa":
+    if model.config._attn_implementation == "sdpa" and model._supports_attention_backend:
         model.set_attn_implementation(register())
 
 

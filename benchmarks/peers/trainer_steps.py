@@ -5,7 +5,8 @@
 JOBS.pt: torch.save of a list of dicts, which run one after the other in this process:
     config      a transformers configuration as a dict; attention is "sdpa"
     objective   causal or mlm
-    seed        of the weights, drawn as pipeline.model.build_model does, and of dropout
+    seed        of dropout, and of the weights that transformers draws
+    weights     a state dict instead of those (optional)
     ds_config   complete: batch sizes and clipping are read from it
     optimizer   lr, betas, eps, weight_decay; the learning rate stays what it is
     steps       of the optimizer
@@ -91,6 +92,8 @@ def run(job: dict[str, Any], folder: str) -> dict[str, Any]:
     auto = AutoModelForCausalLM if job["objective"] == "causal" else AutoModelForMaskedLM
     torch.manual_seed(job["seed"])
     model = auto.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+    if "weights" in job:
+        model.load_state_dict(job["weights"])
     arguments = TrainingArguments(
         output_dir=folder,
         deepspeed=ds_config,

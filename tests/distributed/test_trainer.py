@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pipeline.data import open_data
-from pipeline.model import make_model_config
+from pipeline.model import build_model, make_model_config
 from pipeline.recipe import check_recipe, read_recipe_file
 from pipeline.samples import Batch
 from tests.distributed.ranks import NO_DROPOUT, ROOT, ds_config_with, launch, metrics, pretrain, relative_difference
@@ -64,9 +64,11 @@ def runs(write_recipe, tmp_path_factory):
         data = open_data(recipe)
         rows = rows_of(data.train.batch(np.arange(STEPS * 8)), objective)
         assert max(int(row["position_ids"].eq(0).sum()) for row in rows) > 1, "rows have to hold several documents"
+        config = make_model_config(recipe, data.tokenizer)
         jobs.append(
             {
-                "config": make_model_config(recipe, data.tokenizer).to_dict(),
+                "config": config.to_dict(),
+                "weights": build_model(config, objective, recipe.seed, has_boundaries=False).state_dict(),
                 "objective": objective,
                 "seed": recipe.seed,
                 "ds_config": json.loads((folder / objective / "run.json").read_text())["deepspeed_config"],

@@ -1,4 +1,4 @@
-"""The sample path's benchmark runs, and says of every program what it did."""
+"""The benchmarks run, and say of every program what it did."""
 
 import subprocess
 import sys
@@ -15,3 +15,13 @@ def test_the_benchmark_of_samples_runs_on_small_sizes():
         (line,) = (line for line in done.stdout.splitlines() if program in line)
         assert float(line.split(" samples/s")[0].split()[-1].replace(",", "")) > 0
     assert "DataCollatorForLanguageModeling" in done.stdout and "whole" in done.stdout
+
+
+def test_the_benchmark_of_the_engine_runs_on_a_tiny_model_beside_the_trainer():
+    command = [sys.executable, "benchmarks/engine.py", "--quick", "--only", "bert"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for program in ("ours, tiny, 1 rows", "transformers' Trainer"):
+        (line,) = (line for line in done.stdout.splitlines() if program in line)
+        assert float(line.split(" tokens/s")[0].split()[-1].replace(",", "")) > 0
+    assert "peak memory of ours" in done.stdout
