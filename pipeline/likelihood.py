@@ -89,9 +89,9 @@ def token_log_probabilities(
         for window in windows(len(ids) - 1, length, stride)
     ]
     batch_tokens = min(batch_tokens, max(1, _LOGITS // model.config.get_text_config().vocab_size))
-    for batch in _batches([window.end - window.begin for _, window in pieces], batch_tokens):
+    for batch in in_batches([window.end - window.begin for _, window in pieces], batch_tokens):
         rows = [pieces[index] for index in batch]
-        padded = _padded([inputs[number][window.begin : window.end] for number, window in rows], fill=start)
+        padded = filled_up([inputs[number][window.begin : window.end] for number, window in rows], fill=start)
         with torch.no_grad():  # padding stands behind what is looked at, where a causal model does not see it
             logits = model(input_ids=torch.from_numpy(padded).to(model.device), use_cache=False).logits
         for row, (number, window) in enumerate(rows):
@@ -152,7 +152,7 @@ def pseudo_log_likelihood(
     copies = [(number, token) for number, ids in enumerate(sequences) for token in range(len(ids))]
     sizes = [len(before) + min(len(sequences[number]), room) + len(after) for number, _ in copies]
     padding = special.padding if special.padding is not None else special.mask
-    for batch in _batches(sizes, batch_tokens):
+    for batch in in_batches(sizes, batch_tokens):
         rows, places, targets = [], [], []
         width = sizes[batch[0]]
         for row, (number, token) in enumerate(copies[index] for index in batch):
@@ -163,7 +163,7 @@ def pseudo_log_likelihood(
             places.append(row * width + place)
             ids[place] = special.mask
             rows.append(ids)
-        padded = torch.from_numpy(_padded(rows, fill=padding)).to(model.device)
+        padded = torch.from_numpy(filled_up(rows, fill=padding)).to(model.device)
         seen = torch.arange(width)[None] < torch.tensor([[len(ids)] for ids in rows])
         arguments = {} if seen.all() else {"attention_mask": seen.long().to(model.device)}
         with torch.no_grad():
@@ -183,7 +183,7 @@ def frame(special: SpecialTokens) -> tuple[list[int], list[int]]:
     return [special.classification], [special.separator]
 
 
-def _batches(sizes: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+def in_batches(sizes: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
     """Indices of rows in batches of similar size, longest first: width x rows is at most batch_tokens, or one row."""
     batch: list[int] = []
     for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
@@ -195,7 +195,7 @@ def _batches(sizes: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
         yield batch
 
 
-def _padded(rows: Sequence[NDArray[np.int64]], fill: int) -> NDArray[np.int64]:
+def filled_up(rows: Sequence[NDArray[np.int64]], fill: int) -> NDArray[np.int64]:
     """Rows filled up on the right to the first's length, the longest [batch, sequence]."""
     padded = np.full((len(rows), len(rows[0])), fill, dtype=np.int64)
     for row, ids in zip(padded, rows, strict=True):

@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-COMMANDS = ("export", "generate", "score")
+COMMANDS = ("embed", "export", "fill_mask", "generate", "score")
 HEAVY = ("torch", "transformers", "deepspeed", "tensorboard", "PIL")
 
 
