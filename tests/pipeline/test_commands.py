@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-COMMANDS = ("embed", "export", "fill_mask", "generate", "score")
+COMMANDS = ("embed", "export", "fill_mask", "generate", "look", "score")
 HEAVY = ("torch", "transformers", "deepspeed", "tensorboard", "PIL")
 
 
