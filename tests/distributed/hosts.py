@@ -19,6 +19,7 @@ import pytest
 
 from tests.distributed.ranks import ROOT
 
+SEARCHED = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 PROGRAMS = ("unshare", "nsenter", "ip", "sshd", "ssh", "ssh-keygen", "pdsh")
 _NAMESPACES = ("--net", "--uts", "--mount", "--pid")
 _ADDRESSES = {"node-1": "10.77.0.1", "node-2": "10.77.0.2"}
@@ -85,7 +86,7 @@ class Host:
 
     def environment(self, **more: str) -> dict[str, str]:
         """This process's environment with the host's home folder, and no mark of another launcher's."""
-        return {**os.environ, "HOME": str(self.home), **more}
+        return {**os.environ, "HOME": str(self.home), "PATH": SEARCHED, **more}
 
     def run(self, *arguments: object) -> str:
         """What a short command says there; fails the test with the command's error when that is one."""
@@ -119,8 +120,7 @@ def _proceed(process: subprocess.Popen[str]) -> None:
 
 def skip_without_namespaces() -> None:
     """Skips the test, saying why, where a host cannot be made: programs that are missing, or no right to namespaces."""
-    path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
-    if missing := [name for name in PROGRAMS if shutil.which(name, path=path) is None]:
+    if missing := [name for name in PROGRAMS if shutil.which(name, path=SEARCHED) is None]:
         pytest.skip(f"two hosts need {', '.join(missing)} (iproute2, openssh-server, openssh-client, pdsh)")
     tried = subprocess.run(["unshare", *_NAMESPACES, "--fork", "true"], capture_output=True, text=True)
     if tried.returncode:
@@ -133,7 +133,7 @@ def two_hosts(folder: Path) -> Iterator[tuple[Host, Host]]:
 
     folder: for keys, configuration and logs.
     """
-    sshd = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
+    sshd = shutil.which("sshd", path=SEARCHED)
     for key in ("key", "host_key"):
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / key)], check=True)
     host_key = (folder / "host_key.pub").read_text()

@@ -1,7 +1,8 @@
 """Runs across two hosts with an address, a name, a home and an sshd each: by `deepspeed` through pdsh and ssh, by
-torchrun, as srun does; what ends them; what is refused at their start."""
+torchrun, Slurm and Open MPI; what ends them; what is refused at their start."""
 
 import importlib.metadata
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 
 from tests.distributed.hosts import Host, skip_without_namespaces, two_hosts
 from tests.distributed.ranks import launch, metrics, pretrain, wait_until
+from tests.distributed.slurm import start_slurm
 
 pytestmark = pytest.mark.ranks
 FP32 = "ds_configs/zero2_fp32.json"
@@ -33,16 +35,21 @@ def hosts(tmp_path_factory):
 class Run:
     """`deepspeed --hostfile ... pipeline/pretrain.py ARGUMENTS...` at work on the first host; `with` ends it."""
 
-    def __init__(self, hosts: Sequence[Host], folder: Path, slots: dict[str, int], *arguments: object) -> None:
+    def __init__(
+        self,
+        hosts: Sequence[Host],
+        folder: Path,
+        slots: dict[str, int],
+        *arguments: object,
+        launcher: Sequence[object] = (),
+    ) -> None:
         self._hosts = hosts
         hostfile, self._output = folder / "hostfile", folder / "output"
         hostfile.write_text("".join(f"{name} slots={number}\n" for name, number in slots.items()))
-        deepspeed = Path(sys.executable).parent / "deepspeed"
+        deepspeed = (Path(sys.executable).parent / "deepspeed", "--hostfile", hostfile, *launcher)
         with open(self._output, "w") as output:
             self._process = subprocess.Popen(
-                hosts[0].command(
-                    deepspeed, "--hostfile", hostfile, "pipeline/pretrain.py", "--deepspeed_config", FP32, *arguments
-                ),
+                hosts[0].command(*deepspeed, "pipeline/pretrain.py", "--deepspeed_config", FP32, *arguments),
                 env=hosts[0].environment(),
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -130,23 +137,37 @@ def test_torchrun_on_each_host_is_the_same_run(hosts, on_one_host, tmp_path):
     assert numbers(tmp_path / "run") == numbers(expected)
 
 
-def test_tasks_of_srun_are_the_same_run(hosts, on_one_host, tmp_path):
-    """A task on each host with what srun leaves in its environment; Slurm itself is not there."""
+def test_tasks_of_srun_are_the_same_run_and_one_host_of_two_is_refused(hosts, on_one_host, tmp_path):
+    """A batch job of a real Slurm whose script first forgets `srun`."""
     recipe, expected = on_one_host
-    step = {
-        "SLURM_JOB_ID": "4711",
-        "SLURM_JOB_NUM_NODES": "2",
-        "SLURM_STEP_NUM_NODES": "2",
-        "SLURM_STEP_NUM_TASKS": "2",
-        "SLURM_STEP_TASKS_PER_NODE": "1(x2)",
-        "SLURM_STEP_NODELIST": "node-[1-2]",
-        "SLURM_LOCALID": "0",
-    }
-    flags = ("--deepspeed_config", FP32, "--recipe", recipe, "--output_dir", tmp_path / "run")
-    tasks = [{**step, "SLURM_PROCID": place, "SLURM_NODEID": place} for place in "01"]
-    outputs = on_both(hosts, (sys.executable, "pipeline/pretrain.py", *flags), tasks)
-    assert "on 2 hosts" in outputs[0]
+    environment = start_slurm(hosts, tmp_path)
+    flags = f"pipeline/pretrain.py --deepspeed_config {FP32} --recipe {recipe} --output_dir {tmp_path / 'run'}"
+    script, output = tmp_path / "job.sh", tmp_path / "output"
+    script.write_text(
+        "#!/bin/sh\nexport OMP_NUM_THREADS=1\n"
+        f"{sys.executable} {flags} --output_dir {tmp_path / 'alone'} && exit 99\n"
+        f"exec srun {sys.executable} {flags}\n"
+    )
+    job = ("sbatch", "--wait", "--nodes=2", "--ntasks-per-node=1", f"--output={output}", script)
+    done = subprocess.run(hosts[0].command(*job), env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr + output.read_text()
+    assert "error: Slurm has given this job 2 hosts, but 1 host with 1 rank in all would train" in output.read_text()
+    assert not (tmp_path / "alone").exists()
+    assert "2 x cpu, 1 threads each on 2 hosts" in output.read_text()
     assert numbers(tmp_path / "run") == numbers(expected)
+
+
+def test_ranks_of_mpirun_are_the_same_run(hosts, on_one_host, tmp_path):
+    if shutil.which("mpirun") is None:
+        pytest.skip("mpirun is not installed (openmpi-bin)")
+    recipe, expected = on_one_host
+    run = tmp_path / "run"
+    more = "--allow-run-as-root --mca btl_tcp_if_include eth0 -x OMP_NUM_THREADS=1 -x MASTER_ADDR=node-1"
+    launcher = ("--launcher", "openmpi", "--launcher_args", more)
+    with Run(hosts, tmp_path, BOTH, "--recipe", recipe, "--output_dir", run, launcher=launcher) as process:
+        assert process.status() == 0, process.output()
+    assert "1 threads each on 2 hosts" in process.output()
+    assert numbers(run) == numbers(expected)
 
 
 def test_a_cut_wire_ends_the_run_and_the_host_that_is_left_goes_on(hosts, on_one_host, tmp_path):
