@@ -9,7 +9,6 @@ import contextlib
 import os
 import shutil
 import subprocess
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.distributed.ranks import ROOT
+from tests.distributed.ranks import ROOT, wait_until
 
 SEARCHED = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 PROGRAMS = ("unshare", "nsenter", "ip", "sshd", "ssh", "ssh-keygen", "pdsh")
@@ -65,7 +64,7 @@ read -r wired
 ip addr add {address}/24 dev eth0
 ip link set eth0 up
 {sshd} -f {folder}/{name}/sshd_config -E {folder}/{name}/sshd.log
-echo listening
+echo started
 read -r end
 """
 
@@ -166,17 +165,16 @@ def two_hosts(folder: Path) -> Iterator[tuple[Host, Host]]:
         subprocess.run(wire.split(), check=True)
         for host in hosts:
             _proceed(host.first_process)
-            _expect(host.first_process, "listening")
-        _wait_for_wire(hosts[0], hosts[1])
+            _expect(host.first_process, "started")
+        wait_until(lambda: all(_can_reach(one, two) for one in hosts for two in hosts))
         yield hosts[0], hosts[1]
 
 
-def _wait_for_wire(one: Host, two: Host) -> None:
-    deadline = time.monotonic() + 60
-    while "LOWER_UP" not in one.run("ip", "link", "show", "eth0"):
-        assert time.monotonic() < deadline, "the wire between the hosts does not come up"
-        time.sleep(0.05)
-    assert one.run("ssh", two.name, "hostname").strip() == f"{two.name}-itself"
+def _can_reach(one: Host, two: Host) -> bool:
+    """Whether ssh gets there: the wire is up, and the sshd listens."""
+    command = one.command("ssh", two.name, "hostname")
+    done = subprocess.run(command, env=one.environment(), capture_output=True, text=True, timeout=60)
+    return done.stdout.strip() == f"{two.name}-itself"
 
 
 def _end(process: subprocess.Popen[str]) -> None:

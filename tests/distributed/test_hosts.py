@@ -176,6 +176,7 @@ def test_a_cut_wire_ends_the_run_and_the_host_that_is_left_goes_on(hosts, on_one
     arguments = ("--recipe", recipe, "--output_dir", run)
     with Run(hosts, tmp_path, BOTH, *arguments, "--training.max_steps", 4000) as process:
         wait_until(lambda: (run / "checkpoints" / "step-00000002").exists() or process.is_over())
+        assert not process.is_over(), process.output()
         with hosts[1].wire_cut():
             wait_until(lambda: "pdsh@node-1-itself: node-2: ssh exited with exit code 255" in process.output())
             process.interrupt()
