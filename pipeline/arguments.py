@@ -27,6 +27,8 @@ class Arguments:
     resume: str
     dry_run: bool
     deterministic: bool
+    max_restarts: int
+    verify_every: int
     profile: range
     overrides: tuple[tuple[str, str], ...]
 
@@ -74,6 +76,22 @@ def _parser() -> argparse.ArgumentParser:
         help="only kernels whose results do not vary: two runs on one machine are bitwise equal, at some cost on GPUs",
     )
     parser.add_argument(
+        "--max_restarts",
+        type=int,
+        default=0,
+        metavar="N",
+        help="when a rank dies or hangs, start all ranks again from the newest checkpoint, so many times (default:"
+        " %(default)s)",
+    )
+    parser.add_argument(
+        "--verify_every",
+        type=int,
+        default=0,
+        metavar="N",
+        help="every N steps work the gradients out twice more and compare the ranks' weights, to find hardware that"
+        " computes wrongly; at the cost of two steps; 0: never (default: %(default)s)",
+    )
+    parser.add_argument(
         "--profile", metavar="A:B", help="write a torch profiler trace of steps A to B to OUTPUT_DIR/profile"
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher's; LOCAL_RANK says the same
@@ -93,6 +111,9 @@ def _parser() -> argparse.ArgumentParser:
 def parse_arguments(argv: list[str]) -> Arguments:
     """Parses the command line; raises UserError for an unknown flag."""
     parsed, unknown = _parser().parse_known_args(argv)
+    for name in ("max_restarts", "verify_every"):
+        if getattr(parsed, name) < 0:
+            raise UserError(f"--{name} is {getattr(parsed, name)}, expected 0 or more")
     overrides = [
         (name.removeprefix("field:"), value)
         for name, value in vars(parsed).items()
@@ -114,6 +135,8 @@ def parse_arguments(argv: list[str]) -> Arguments:
         resume=parsed.resume,
         dry_run=parsed.dry_run,
         deterministic=parsed.deterministic,
+        max_restarts=parsed.max_restarts,
+        verify_every=parsed.verify_every,
         profile=parse_steps(parsed.profile) if parsed.profile else range(0),
         overrides=tuple(overrides),
     )

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     import torch
 
 _DROPOUT = 5  # first coordinate of the dropout seeds; see pipeline.samples for the others
+_LAST_FLAG = 52  # float64 adds integers below 2^53 exactly
 
 
 @dataclass(frozen=True)
@@ -54,12 +56,30 @@ class Losses:
 
 
 @dataclass(frozen=True)
+class Site:
+    """A micro-batch of a rank (those from 52 on count as one)."""
+
+    rank: int
+    micro_batch: int
+
+
+@dataclass(frozen=True)
 class StepResult:
-    """losses: of the global batch, before the update. grad_norm: before clipping; None where the ds_config turns it
-    off, or where it overflowed and fp16 skips the step."""
+    """The same on every rank.
+
+    losses: of the global batch, before the update. grad_norm: before clipping; None where the ds_config turns it off,
+    or where it is not finite. applied: weights and optimizer were changed. non_finite: whose losses were not finite.
+    scaling: fp16 left the step out to look for its loss scale. requests: how many ranks asked for what.
+    own_seconds: of this rank alone, from where all ranks began together to the end of its first forward pass.
+    """
 
     losses: Losses
     grad_norm: float | None
+    applied: bool = True
+    non_finite: tuple[Site, ...] = ()
+    scaling: bool = False
+    requests: tuple[int, ...] = ()
+    own_seconds: float = 0.0
 
 
 class Engine:
@@ -103,8 +123,10 @@ class Engine:
         self._optimizer = optimizer
         if recipe.ema_decay is not None:
             ema.keep_average(optimizer, recipe.ema_decay)
-        # In plain data parallelism in fp32 DeepSpeed clips without keeping the norm.
+        # In plain data parallelism in fp32 DeepSpeed clips without keeping the norm, and never leaves a step out.
         self._measures_norm = unsharded and in_fp32
+        self._autocasts = precision(ds_config) != compute_precision(ds_config)
+        self._scales_loss = compute_precision(ds_config) == "fp16"
         self.head = LossHead(
             self.deepspeed, world.device, vocabulary=vocabulary, z_loss=z_loss, label_smoothing=label_smoothing
         )
@@ -133,13 +155,26 @@ class Engine:
             sums[0, 0], sums[1, 0] = of_batch.of_pairs.detach().double().sum(), (batch.pair_labels >= 0).sum()
         return of_batch, sums
 
-    def train_step(self, step: int, batches: Sequence[DeviceBatch], learning_rate: float) -> StepResult:
+    def train_step(
+        self,
+        step: int,
+        batches: Sequence[DeviceBatch],
+        learning_rate: float,
+        *,
+        discard: bool = False,
+        requests: Sequence[bool] = (),
+    ) -> StepResult:
         """One optimizer step over this rank's micro-batches of step `step`.
 
         The loss is the sum over the target tokens of all ranks and micro-batches divided by their number (and the mean
         over the pairs, where there are any), and the gradients are those of that loss: each micro-batch's sum is
         divided by the global count, and what DeepSpeed divides by once more when it averages over ranks is multiplied
         back.
+
+        Where a loss or the norm of the gradients is not finite, all ranks leave weights and optimizer as they are:
+        every ZeRO stage measures the global norm before it touches them, plain fp32 does so here, and a loss that is
+        not finite makes its gradients such. discard: as if the loss were not finite. requests: what this rank asks
+        all ranks for; they travel with the token counts.
         """
         import torch
         from torch import distributed
@@ -147,29 +182,81 @@ class Engine:
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate
         pairs = sum(0 if batch.pair_labels is None else len(batch.pair_labels) for batch in batches)
-        counts = torch.tensor([sum(batch.target_count for batch in batches), pairs], device=self.world.device)
+        targets = sum(batch.target_count for batch in batches)
+        counts = torch.tensor([targets, pairs, *map(int, requests)], device=self.world.device)
         distributed.all_reduce(counts)
-        token_scale, pair_scale = (self.world.size / max(count, 1) for count in counts.tolist())
+        all_targets, all_pairs, *asked = counts.tolist()
+        clock = Clock(self.world.device)
+        token_scale, pair_scale = (self.world.size / max(count, 1) for count in (all_targets, all_pairs))
         total = torch.zeros(2, 1 + self._corpora, dtype=torch.float64, device=self.world.device)
+        # Of each rank a number whose bits are micro-batches; others leave it 0, so a sum gathers them.
+        flags = torch.zeros(self.world.size, dtype=torch.float64, device=self.world.device)
         for index, batch in enumerate(batches):
-            torch.manual_seed(seed_of(_DROPOUT, self._seed, step, index, self.world.rank))
+            self._seed_dropout(step, index)
             of_batch, sums = self._losses(batch, token_scale)
+            if index == 0:
+                clock.stop()
             total += sums
             loss = of_batch.trained
             if of_batch.of_pairs is not None:
                 loss = loss + of_batch.of_pairs.sum() * pair_scale
+            gate = loss.detach() * 0  # 0 exactly, or NaN
+            flags[self.world.rank] += gate.isnan() * 2.0 ** min(index, _LAST_FLAG)
             # DeepSpeed counts micro-batches by a number that a batch-size ramp changes.
             self.deepspeed.set_gradient_accumulation_boundary(index == len(batches) - 1)
-            self.deepspeed.backward(loss, scale_wrt_gas=False)
+            self.deepspeed.backward(loss * (math.nan if discard else 1 + gate), scale_wrt_gas=False)
             if index < len(batches) - 1:
                 self.deepspeed.step()
         norm = self._norm_of_gradients() if self._measures_norm else None
+        if norm is not None and not norm.isfinite():
+            self._leave_out()
         self.deepspeed.step()
-        distributed.all_reduce(total)
+        gathered = torch.cat((total.flatten(), flags))
+        distributed.all_reduce(gathered)
         if norm is None:
             norm = self.deepspeed.get_global_grad_norm()
-        finite = norm is not None and math.isfinite(norm)
-        return StepResult(Losses.of(total), float(norm) if finite else None)
+        applied = self.deepspeed.was_step_applied()
+        non_finite = sites_of(gathered[total.numel() :].tolist())
+        return StepResult(
+            losses=Losses.of(gathered[: total.numel()].view_as(total)),
+            grad_norm=float(norm) if norm is not None and math.isfinite(norm) else None,
+            applied=applied,
+            non_finite=non_finite,
+            scaling=self._scales_loss and not applied and not non_finite and not discard,
+            requests=tuple(asked),
+            own_seconds=clock.seconds(),
+        )
+
+    def _seed_dropout(self, step: int, index: int) -> None:
+        import torch
+
+        torch.manual_seed(seed_of(_DROPOUT, self._seed, step, index, self.world.rank))
+
+    def local_gradients(self, step: int, index: int, batch: DeviceBatch) -> "list[torch.Tensor]":
+        """This rank's gradients of micro-batch `index` of step `step`, not reduced; nothing is changed.
+
+        Not at ZeRO stage 3. DeepSpeed's hooks, which stand behind the accumulation into `.grad`, do not see them.
+        """
+        import torch
+
+        parameters = [one for one in self.deepspeed.module.parameters() if one.requires_grad]
+        around, self.head.model = self.head.model, self.deepspeed.module
+        try:
+            self._seed_dropout(step, index)
+            with torch.autocast(self.world.device.type, self.dtype, enabled=self._autocasts):
+                of_batch, _ = self._losses(batch)
+            loss = of_batch.trained if of_batch.of_pairs is None else of_batch.trained + of_batch.of_pairs.sum()
+            found = torch.autograd.grad(loss, parameters, allow_unused=True)
+        finally:
+            self.head.model = around
+        return [gradient for gradient in found if gradient is not None]
+
+    def _leave_out(self) -> None:
+        """Has DeepSpeed count the step that follows without updating anything, as its other optimizers do."""
+        self.deepspeed.zero_grad()
+        self.deepspeed.set_gradient_accumulation_boundary(False)
+        self.deepspeed.global_steps += 1
+        self.deepspeed.skipped_steps += 1
 
     def _norm_of_gradients(self) -> "torch.Tensor":
         from torch.nn.utils import get_total_norm
@@ -213,3 +300,37 @@ class Engine:
         distributed.all_reduce(total)
         found = Losses.of(total[:2])
         return replace(found, accuracy=float(total[2, 0]) / max(1, found.tokens))
+
+
+def sites_of(flags: Sequence[float]) -> tuple[Site, ...]:
+    """The micro-batches whose bits are set in each rank's number."""
+    return tuple(
+        Site(rank, bit) for rank, value in enumerate(flags) for bit in range(_LAST_FLAG + 1) if int(value) >> bit & 1
+    )
+
+
+class Clock:
+    """Seconds of this rank's work between its making and `stop`, also where a GPU does it later; read without waiting
+    for more than that work."""
+
+    def __init__(self, device: "torch.device") -> None:
+        self._on_gpu = device.type == "cuda"
+        self._began, self._ended = self._now(), self._now()
+
+    def _now(self) -> Any:
+        if not self._on_gpu:
+            return time.perf_counter()
+        import torch
+
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def stop(self) -> None:
+        self._ended = self._now()
+
+    def seconds(self) -> float:
+        if not self._on_gpu:
+            return float(self._ended - self._began)
+        self._ended.synchronize()
+        return float(self._began.elapsed_time(self._ended)) / 1000

@@ -130,6 +130,12 @@ class Metrics:
             self._board.add_scalar(f"weight_norm/{name}", found.norm, step)
             self._board.add_scalar(f"update_norm/{name}", found.update_norm, step)
 
+    def left_out(self, values: dict[str, Any]) -> None:
+        """Records a step that changed nothing: `step`, `samples` and `left_out`."""
+        if self._enabled:
+            self._file.write(json.dumps(values) + "\n")
+            self._bar.update(values["step"] - self._bar.n)
+
     def _scalars(self, step: int, scalars: dict[str, float | None]) -> None:
         """Shows numbers by tag, where there are any."""
         events = [(tag, value, step) for tag, value in scalars.items() if value is not None]
@@ -215,6 +221,14 @@ def _step_of(line: bytes) -> float:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return float("inf")
+
+
+def recent_losses(output_dir: Path, step: int, count: int) -> list[float]:
+    """The last `count` losses of a run's steps up to `step`, oldest first."""
+    path = output_dir / METRICS_NAME
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    found = [json.loads(line).get("loss") for line in lines if _step_of(line) <= step]
+    return [loss for loss in found if loss is not None][-count:]
 
 
 def read_validation(output_dir: Path, name: str = "loss") -> list[tuple[int, float]]:

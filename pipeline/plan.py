@@ -362,7 +362,7 @@ def scaling_table(
     """
     rows = [["GPUs", "global batch", "ZeRO", "micro-batch", "step s", "tokens/s", "MFU", "days", "GPU-hours"]]
     stated = max(recipe.training.batch_sizes.stages.values())
-    tokens = recipe.training.batch_sizes.first_sample(recipe.max_steps) * recipe.data.sequence_length
+    tokens = recipe.training.batch_sizes.trained(recipe.max_steps) * recipe.data.sequence_length
     for world_size in SCALES:
         global_batch_size = -(-stated // world_size) * world_size
         size = f"{global_batch_size:,}{'' if global_batch_size == stated else '*'}"
@@ -420,7 +420,7 @@ def plan(
 
     def lines() -> Iterator[str]:
         sequence, steps = batch.sequence_length, recipe.max_steps
-        tokens = sizes.first_sample(steps) * sequence
+        tokens = sizes.trained(steps) * sequence
         tokens_a_step = global_batch_size * sequence
         optimal = costs.TOKENS_A_PARAMETER * parameters
         yield (

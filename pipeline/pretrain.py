@@ -3,10 +3,11 @@
 This file is the story of a run from top to bottom; what it calls is in the modules named for it.
 """
 
-import math
 import os
 import sys
+import threading
 import time
+import traceback
 from functools import partial
 from pathlib import Path
 
@@ -17,13 +18,36 @@ if __name__ == "__main__":
 
 from data_prep.errors import UserError
 from pipeline.arguments import Arguments, parse_arguments
-from pipeline.startup import Interruption, RankError, Timings, leave, set_environment, use_deterministic_algorithms
+from pipeline.interruption import (
+    EXIT_CRASHED,
+    EXIT_INTERRUPTED,
+    EXIT_SAVED,
+    SUPERVISED,
+    Interruption,
+    Requests,
+    any_of,
+    follow_launcher,
+)
+from pipeline.startup import (
+    RankError,
+    StartAgain,
+    Timings,
+    hold,
+    leave,
+    set_environment,
+    start_again,
+    use_deterministic_algorithms,
+)
 
-EXIT_INTERRUPTED = 130
+GRACE_SECONDS = 60.0
+"""That a run has to finish its step and to save when its launcher has gone."""
 
 
-def run(arguments: Arguments, timings: Timings, interruption: Interruption) -> None:
-    """One run, or the rest of one. Imports stand where they are needed: `--help` and mistakes answer at once."""
+def run(arguments: Arguments, timings: Timings, interruption: Interruption) -> int:
+    """One run, or the rest of one; returns the exit status.
+
+    Imports stand where they are needed: `--help` and mistakes answer at once.
+    """
     # What is asked for. Whatever can be wrong about it is found here, before anything is built.
     from pipeline.configuration import resolve
     from pipeline.versions import check_versions
@@ -32,18 +56,19 @@ def run(arguments: Arguments, timings: Timings, interruption: Interruption) -> N
     recipe, ds_config = resolve(arguments.recipe, arguments.overrides, arguments.deepspeed_config)
 
     from data_prep.encoding import Encoder
-    from pipeline import checkpoint, ops, provenance
+    from pipeline import checkpoint, incidents, ops, provenance, replay
     from pipeline.activation_checkpointing import check_stage
     from pipeline.batch import plan_batches
     from pipeline.data import is_missing, open_data, plan_samples, prepare, resolve_weights, wait_for_shards
     from pipeline.ds_config import check_ranks, complete_ds_config, describe, precision, zero_stage
     from pipeline.launchers import check_hosts_asked_for, runner_arguments
     from pipeline.loader import Ahead, step_batches, validation_batches
-    from pipeline.metrics import Metrics
+    from pipeline.metrics import Metrics, recent_losses
     from pipeline.preflight import check_hosts_alike, check_output_shared, describe_copies, describe_host, dry_run
     from pipeline.profiling import Profiler
     from pipeline.report import describe_data, hyperparameters, step_values, validation_values
     from pipeline.startup import init_distributed, open_log
+    from pipeline.watchdog import Watchdog
 
     if arguments.deterministic:
         use_deterministic_algorithms()
@@ -54,11 +79,17 @@ def run(arguments: Arguments, timings: Timings, interruption: Interruption) -> N
     check_output_shared(world, output_dir)
     check_ranks(ds_config, str(arguments.deepspeed_config), device=world.device.type, world_size=world.size)
     check_stage(recipe.model.activation_checkpointing, zero_stage(ds_config))
+    if arguments.verify_every:
+        replay.check_possible(zero_stage(ds_config), world.device.type, deterministic=arguments.deterministic)
+    with world.first_alone() as first:
+        held = hold(output_dir) if first and not arguments.dry_run else None
     resume_from = checkpoint.find(arguments.resume, output_dir)
     first_step = 0
     if resume_from is not None:
         first_step = checkpoint.check_fits(resume_from, world, zero_stage(ds_config)).step
         recipe = provenance.continue_recipe(output_dir, recipe, first_step)
+    history = world.from_first(incidents.read_history(output_dir) if world.is_first else None)
+    recipe = incidents.passed_over(recipe, history)
     sizes = recipe.training.batch_sizes
     batches = plan_batches(
         ds_config,
@@ -162,6 +193,9 @@ def run(arguments: Arguments, timings: Timings, interruption: Interruption) -> N
     ):
         logger.info(line)
     logger.info(f"run       {output_dir}, {max_steps:,} steps")
+    if sizes.left_out:
+        passed = ", ".join(f"{count:,} before step {step + 1}" for step, count in sorted(sizes.left_out.items()))
+        logger.info(f"skipped   samples: {passed}")
     if resume_from is not None:
         finished = "; the run is complete" if first_step >= max_steps else ""
         logger.info(f"resumed   from {resume_from}, after step {first_step}{finished}")
@@ -171,11 +205,12 @@ def run(arguments: Arguments, timings: Timings, interruption: Interruption) -> N
             logger.info(line)
         logger.info("dry run   nothing was trained and nothing saved")
         world.close()
-        return
+        return 0
 
     # The steps.
     def validate(step: int) -> None:
         if data.validation.size:
+            watchdog.enter("evaluation", step)
             held_out = partial(validation_batches, data.validation, recipe.evaluation.samples, batches, world.rank)
             values = validation_values(engine.evaluate(held_out()), data)
             if step and recipe.optimizer.ema_decay is not None:
@@ -186,16 +221,18 @@ def run(arguments: Arguments, timings: Timings, interruption: Interruption) -> N
                 metrics.texts(step, engine.text_samples(data.validation, encoder, recipe.evaluation.text_samples))
 
     def save(step: int) -> None:
+        watchdog.enter("checkpoint", step)
         path = checkpoint.save(
             engine.deepspeed,
             output_dir,
             world,
             step=step,
-            samples=sizes.first_sample(step),
+            samples=sizes.consumed(step),
             zero_stage=zero_stage(ds_config),
             precision=precision(ds_config),
             keep=recipe.checkpoint.keep_last,
         )
+        judge.saved(step)
         metrics.say(f"step {step:>6}/{max_steps}  checkpoint {path}")
 
     def due(every_steps: int, step: int) -> bool:
@@ -211,6 +248,20 @@ def run(arguments: Arguments, timings: Timings, interruption: Interruption) -> N
     )
     metrics.describe(hyperparameters(recipe, model_config.model_type, size.parameters, describe(ds_config, recipe)))
     encoder = Encoder(data.tokenizer.folder)
+    losses = recent_losses(output_dir, first_step, 2 * incidents.WINDOW) if world.is_first else None
+    judge = incidents.Judge(
+        output_dir,
+        recipe.faults,
+        history,
+        losses=world.from_first(losses),
+        first_step=first_step,
+        sizes=sizes,
+        batches=batches,
+        is_first=world.is_first,
+        say=metrics.say,
+    )
+    requests = Requests(output_dir, interruption, is_first=world.is_first)
+    watchdog = Watchdog(world, recipe.faults.hang_seconds, output_dir, logger)
     ahead = Ahead(
         lambda step: step_batches(data.train, step, sizes, batches, world.rank, drop),
         first_step,
@@ -220,66 +271,98 @@ def run(arguments: Arguments, timings: Timings, interruption: Interruption) -> N
     profiler = Profiler(arguments.profile, output_dir, world.rank)
     peak = peak_flops(world.device_name)
     started = time.perf_counter()
+    status, next_port = 0, None
+    interruption.finish_steps()
     try:
         if first_step == 0:
             validate(0)
         timings.finished("evaluation")
         for step in range(first_step, max_steps):
             interruption.check()
-            profiler.before(step + 1)
+            done = step + 1
+            profiler.before(done)
             began = time.perf_counter()
+            watchdog.enter("samples", done)
             micro_batches, waited = ahead.next()
+            if arguments.verify_every and done % arguments.verify_every == 0:
+                watchdog.enter("replay", done)
+                replay.verify(engine, world, step, micro_batches)
+            watchdog.enter("first step" if step == first_step else "step", done)
             rate = learning_rate(recipe, step)
             observed = recipe.evaluation.histograms_every_steps
-            before = engine.own_weights() if observed and (step + 1) % observed == 0 else None
-            result = engine.train_step(step, micro_batches, rate)
+            before = engine.own_weights() if observed and done % observed == 0 else None
+            discard = judge.left_out(done)
+            result = engine.train_step(step, micro_batches, rate, discard=discard, requests=requests.mine())
             seconds = time.perf_counter() - began
-            done = step + 1
+            watchdog.worked(result.own_seconds)
             if (trace := profiler.after(done, max_steps)) is not None:
                 metrics.say(f"step {done:>6}/{max_steps}  profile {trace}")
             if step == first_step:
                 timings.finished("first step")
                 metrics.say(f"start     {timings}")
-            loss, tokens = result.losses.loss, sizes.at(step) * sequence_length
-            if not math.isfinite(loss):
-                raise UserError(f"the loss is {loss} at step {done}; lower optimizer.lr or look at the samples")
-            metrics.step(
-                {
-                    "step": done,
-                    "loss": loss,
-                    "learning_rate": rate,
-                    "grad_norm": result.grad_norm,
-                    "tokens": result.losses.tokens,
-                    "samples": sizes.first_sample(done),
-                    "step_seconds": seconds,
-                    "data_wait_seconds": waited,
-                    "tokens_per_second": tokens / seconds,
-                    "memory_bytes": world.memory_bytes(),
-                    "mfu": tokens / seconds * size.flops_a_token / (peak * world.size) if peak else None,
-                    **step_values(result.losses, data, sizes.first_sample(done)),
-                }
-            )
+            action = judge.look(done, result)
+            tokens = sizes.at(step) * sequence_length
+            if result.applied or result.scaling:
+                metrics.step(
+                    {
+                        "step": done,
+                        "loss": result.losses.loss,
+                        "learning_rate": rate,
+                        "grad_norm": result.grad_norm,
+                        "tokens": result.losses.tokens,
+                        "samples": sizes.consumed(done),
+                        "step_seconds": seconds,
+                        "data_wait_seconds": waited,
+                        "tokens_per_second": tokens / seconds,
+                        "memory_bytes": world.memory_bytes(),
+                        "mfu": tokens / seconds * size.flops_a_token / (peak * world.size) if peak else None,
+                        **step_values(result.losses, data, sizes.consumed(done)),
+                    }
+                )
+            else:
+                metrics.left_out({"step": done, "samples": sizes.consumed(done), "left_out": True})
             for name, distribution in engine.distributions(before) if before is not None else ():
                 metrics.distribution(done, name, distribution)
+            if action == "rollback":
+                next_port = world.agreed_port()
+                break
+            save_asked, stop_asked = any_of(result.requests)
             if due(recipe.evaluation.every_steps, done):
                 validate(done)
-            if due(recipe.checkpoint.every_steps, done):
+            if due(recipe.checkpoint.every_steps, done) or save_asked or stop_asked:
                 save(done)
+            if save_asked or stop_asked:
+                requests.done()
+            if stop_asked and done < max_steps:
+                metrics.say(f"step {done:>6}/{max_steps}  ended on {requests.reason()}; the same command goes on")
+                status = EXIT_SAVED
+                break
     finally:
+        watchdog.close()
         ahead.close()
         metrics.close()
-    if world.is_first:
+    if world.is_first and not status and next_port is None:
         provenance.log_summary(
             output_dir, [corpus.shards for corpus in data.corpora], time.perf_counter() - started, logger
         )
     world.close()
+    if held is not None:
+        held.close()
+    if next_port is not None:
+        raise StartAgain(next_port)
+    return status
 
 
 def main(argv: list[str]) -> int:
     timings = Timings.since_process_start()
     try:
         set_environment()
-        run(parse_arguments(argv), timings, Interruption())
+        arguments = parse_arguments(argv)
+        if arguments.max_restarts and SUPERVISED not in os.environ:
+            from pipeline.supervisor import supervise
+
+            return supervise([sys.executable, *sys.orig_argv[1:]], arguments.max_restarts, os.environ)
+        return train(arguments, timings)
     except UserError as error:
         # Every rank meets a mistake in the configuration; one line a machine says it.
         if isinstance(error, RankError):
@@ -287,11 +370,25 @@ def main(argv: list[str]) -> int:
         elif os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
+
+
+def train(arguments: Arguments, timings: Timings) -> int:
+    """A run in this process: whatever ends it becomes an exit status."""
+    interruption = Interruption()
+    threading.Thread(target=follow_launcher, args=(interruption, GRACE_SECONDS), daemon=True).start()
+    try:
+        return run(arguments, timings, interruption)
+    except StartAgain as again:
+        start_again(again.port)
     except KeyboardInterrupt:
         if os.environ["RANK"] == "0":
             print("stopped; the same command goes on from the newest checkpoint", file=sys.stderr, flush=True)
         return EXIT_INTERRUPTED
-    return 0
+    except UserError:
+        raise
+    except Exception:
+        traceback.print_exc()
+        return EXIT_CRASHED
 
 
 if __name__ == "__main__":

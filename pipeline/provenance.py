@@ -30,6 +30,8 @@ _FREE = (
     "training.max_tokens",
     "evaluation.",
     "checkpoint.",
+    "faults.",
+    "training.skip_samples",
     "data.prepare",
     "model.init_from",
     "model.activation_checkpointing",
@@ -78,7 +80,11 @@ def continue_recipe(output_dir: Path, recipe: Recipe, step: int) -> Recipe:
     _refuse(output_dir, changed)
     earlier = check_recipe(before["recipe"], str(output_dir / RUN_NAME))
     sizes = continued(earlier.training.batch_sizes.stages, recipe.training.batch_sizes.stages, step)
-    training = recipe.training.model_copy(update={"global_batch_size": sizes if len(sizes) > 1 else sizes[0]})
+    later = {start: count for start, count in (recipe.training.skip_samples or {}).items() if start >= step}
+    skipped = {**(earlier.training.skip_samples or {}), **later}
+    training = recipe.training.model_copy(
+        update={"global_batch_size": sizes if len(sizes) > 1 else sizes[0], "skip_samples": skipped or None}
+    )
     return recipe.model_copy(update={"training": training})
 
 

@@ -112,6 +112,11 @@ class TrainingSection(_Section):
     )
     max_steps: Positive | None = Field(None, description="optimizer steps of the run")
     max_tokens: Positive | None = Field(None, description="tokens of the run, instead of max_steps")
+    skip_samples: dict[Step, Positive] | None = Field(
+        None,
+        description="samples that are passed over before a step takes its own: step, from 0, to number; what a rollback"
+        " skips is added to it (null: none)",
+    )
 
     @model_validator(mode="after")
     def _one_length(self) -> "TrainingSection":
@@ -124,7 +129,7 @@ class TrainingSection(_Section):
     @property
     def batch_sizes(self) -> BatchSizes:
         size = self.global_batch_size
-        return BatchSizes(size if isinstance(size, dict) else {0: size})
+        return BatchSizes(size if isinstance(size, dict) else {0: size}, self.skip_samples or {})
 
 
 class OptimizerSection(_Section):
@@ -277,6 +282,30 @@ class CheckpointSection(_Section):
     keep_last: Positive = Field(3, description="checkpoints that are kept")
 
 
+class FaultsSection(_Section):
+    """What a run does about what goes wrong in it."""
+
+    max_skips: Positive = Field(
+        10, description="steps in a row that may be left out because their loss or gradients are not finite"
+    )
+    on_skips: Literal["stop", "rollback"] = Field(
+        "stop",
+        description="after so many: end the run, or go back to the last checkpoint and pass over the samples since",
+    )
+    spike_zscore: Annotated[float, Field(gt=0)] | None = Field(
+        10.0,
+        description="a loss so many robust deviations (1.4826 x MAD) above the median of the last 64 is a spike"
+        " (null: none is)",
+    )
+    on_spike: Literal["report", "rollback"] = Field("report", description="a line, or as on_skips")
+    hang_seconds: float = Field(
+        600.0,
+        ge=0,
+        description="without progress for so long a run ends, naming the rank that is behind; 4 times as long for the"
+        " first step, an evaluation and a checkpoint (0: never)",
+    )
+
+
 class Recipe(_Section):
     """One run. The same recipe and seed give the same samples, masks and learning rates on any hardware."""
 
@@ -293,6 +322,7 @@ class Recipe(_Section):
     loss: LossSection = LossSection()
     evaluation: EvaluationSection = EvaluationSection()
     checkpoint: CheckpointSection = CheckpointSection()
+    faults: FaultsSection = FaultsSection()
 
     @property
     def max_steps(self) -> int:

@@ -64,7 +64,7 @@ def _warmup_share(recipe: Recipe, step: int) -> float:
     tokens = recipe.schedule.warmup_tokens
     if tokens is None:
         return (step + 1) / recipe.schedule.warmup_steps
-    return min(1.0, recipe.training.batch_sizes.first_sample(step + 1) * recipe.data.sequence_length / tokens)
+    return min(1.0, recipe.training.batch_sizes.trained(step + 1) * recipe.data.sequence_length / tokens)
 
 
 def _progress(step: int, first: int, last: int) -> float:

@@ -2,7 +2,7 @@
 
 import bisect
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 Value = TypeVar("Value")
@@ -41,16 +41,26 @@ def continued(before: Mapping[int, Value], after: Mapping[int, Value], step: int
 class BatchSizes:
     """Samples of each step, and which samples those are.
 
-    stages: samples of one optimizer step, over all ranks, from each step on; the first stage is at step 0.
+    stages: samples of one optimizer step, over all ranks, from each step on; the first stage is at step 0. left_out:
+    samples that are passed over before a step takes its own.
     """
 
     stages: Mapping[int, int]
+    left_out: Mapping[int, int] = field(default_factory=dict)
 
     def at(self, step: int) -> int:
         return value_at(self.stages, step)
 
     def first_sample(self, step: int) -> int:
-        """Samples consumed before `step`: the number of its first one."""
+        """The number of the first sample of `step`."""
+        return self.trained(step) + sum(count for start, count in self.left_out.items() if start <= step)
+
+    def consumed(self, steps: int) -> int:
+        """How far into the order of samples the run is after `steps` steps."""
+        return self.trained(steps) + sum(count for start, count in self.left_out.items() if start < steps)
+
+    def trained(self, step: int) -> int:
+        """Samples of the steps before `step`."""
         steps = sorted(self.stages)
         ends = [*steps[1:], max(step, steps[-1])]
         return sum(
@@ -60,10 +70,10 @@ class BatchSizes:
         )
 
     def steps_for(self, samples: int) -> int:
-        """Steps that consume at least so many samples."""
+        """Steps that train on at least so many samples."""
         steps = sorted(self.stages)
         for start, end in zip(steps, [*steps[1:], None], strict=True):
-            need = -(-(samples - self.first_sample(start)) // self.stages[start])
+            need = -(-(samples - self.trained(start)) // self.stages[start])
             if end is None or start + need <= end:
                 return start + need
         raise AssertionError("the last stage has no end")

@@ -1,16 +1,16 @@
-"""What happens before the run: threads, process group, logs, and where the time of it goes."""
+"""What happens before the run and at its end: threads, process group, logs, and where the time of it goes."""
 
 import contextlib
+import fcntl
 import logging
 import os
-import signal
+import socket
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, NoReturn
+from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 from data_prep.errors import UserError
 from pipeline.launchers import choose_interface, rank_variables
@@ -31,6 +31,64 @@ def set_environment() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+_STARTED_AGAIN = "PRETRAIN_STARTED_AGAIN"
+
+
+class StartAgain(Exception):  # noqa: N818 - no error
+    """Every rank is to start from the newest checkpoint, as the same process of the launcher's.
+
+    port: where the ranks are to find each other; the old one may still be held.
+    """
+
+    def __init__(self, port: int) -> None:
+        super().__init__()
+        self.port = port
+
+
+def start_again(port: int) -> NoReturn:
+    """Replaces this process by the command that it was started with, going on from the newest checkpoint."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.environ["MASTER_PORT"] = str(port)
+    os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)
+    os.environ[_STARTED_AGAIN] = str(time.time())
+    resume = ["--resume", "auto"]
+    command = sys.orig_argv if sys.orig_argv[-2:] == resume else [*sys.orig_argv, *resume]
+    os.execv(sys.executable, command)
+
+
+def free_port() -> int:
+    """A port of this host that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
+
+
+def hold(output_dir: Path) -> IO[str]:
+    """Keeps other runs out of a run's folder for as long as the file returned is open; the kernel frees it with us.
+
+    Raises UserError naming the process that is at work there. Where the file system has no locks there is no
+    protection.
+    """
+    path = output_dir / "lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path, "a+")  # noqa: SIM115 - held by the caller
+    with contextlib.suppress(OSError):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise UserError(
+                f"{output_dir}: {holder} is at work there; wait for it, stop it, or give another --output_dir"
+            ) from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return file
+
+
 class RankError(UserError):
     """What this rank may have met alone, such as a shard that it cannot read: it says so itself."""
 
@@ -44,29 +102,6 @@ def use_deterministic_algorithms() -> None:
     torch.backends.cudnn.benchmark = False
 
 
-class Interruption:
-    """Ctrl-C, and SIGTERM, the launcher's way to stop its ranks: each raises KeyboardInterrupt where the process is.
-
-    Python drops an exception that comes while it runs a finalizer, so the loop asks as well. A signal that a shell has
-    had ignored, as SIGINT of background jobs, stays ignored.
-    """
-
-    def __init__(self) -> None:
-        self._signal: signal.Signals | None = None
-        for number in (signal.SIGINT, signal.SIGTERM):
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                signal.signal(number, self._received)
-
-    def _received(self, number: int, _: FrameType | None) -> None:
-        self._signal = signal.Signals(number)
-        raise KeyboardInterrupt(self._signal.name)
-
-    def check(self) -> None:
-        """Raises KeyboardInterrupt when one has come."""
-        if self._signal is not None:
-            raise KeyboardInterrupt(self._signal.name)
-
-
 @dataclass
 class Timings:
     """Seconds of each phase of the start, in order; the first counts from the start of the process."""
@@ -78,7 +113,8 @@ class Timings:
     def since_process_start() -> "Timings":
         import psutil
 
-        return Timings(_last=psutil.Process().create_time())
+        # A process that has started itself again (`start_again`) is older than its start.
+        return Timings(_last=float(os.environ.pop(_STARTED_AGAIN, psutil.Process().create_time())))
 
     def finished(self, phase: str) -> None:
         """Ends a phase that began when the one before ended."""
@@ -127,6 +163,18 @@ class World:
         import deepspeed.comm
 
         deepspeed.comm.barrier()
+
+    def agreed_port(self) -> int:
+        """A free port of rank 0's host."""
+        return int(self.from_first(free_port() if self.is_first else None))
+
+    def from_first(self, value: Any) -> Any:
+        """Rank 0's value, on every rank."""
+        import torch
+
+        holder = [value]
+        torch.distributed.broadcast_object_list(holder, 0, device=self.device)
+        return holder[0]
 
     def close(self) -> None:
         """Ends the process group on every rank together."""

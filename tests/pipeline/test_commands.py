@@ -1,9 +1,9 @@
-"""The commands that use a trained model, as a user meets them first: help at once, with examples."""
+"""Commands as a user meets them first: help at once, with examples."""
 
 import subprocess
 import sys
 
-COMMANDS = ("embed", "export", "fill_mask", "generate", "look", "score")
+COMMANDS = ("embed", "export", "fill_mask", "generate", "look", "rehearse", "score")
 HEAVY = ("torch", "transformers", "deepspeed", "tensorboard", "PIL")
 
 
