@@ -9,10 +9,11 @@ EXPORTED := exported/demo-gpt
 RANKS ?= $(shell n=$$(nvidia-smi -L 2>/dev/null | wc -l); most=8; [ $$n -gt 0 ] || { n=$$(nproc); most=4; }; \
 	r=1; while [ $$((r * 2)) -le $$n ] && [ $$r -lt $$most ]; do r=$$((r * 2)); done; echo $$r)
 
-.PHONY: help pretrain test lint format clean
+.PHONY: help pretrain test chaos lint format clean
 help:
 	@echo "make pretrain   corpus, tokenizer, shards and a trained, exported GPT (RANKS=$(RANKS))"
 	@echo "make test       ruff, mypy and the test suite"
+	@echo "make chaos      kills, NaNs and hangs in real runs, by hours; a slice of 80 minutes a call"
 	@echo "make clean      remove what the demo made (data/demo, $(RUN), $(EXPORTED)); the environment stays"
 
 $(INSTALLED): requirements.lock pyproject.toml $(wildcard data_prep/native/*.[ch])
@@ -38,6 +39,9 @@ lint: $(INSTALLED)
 
 test: lint
 	$(BIN)/python -m pytest --durations=10
+
+chaos: $(INSTALLED)
+	$(BIN)/python -m tests.chaos --output_dir runs/chaos
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .

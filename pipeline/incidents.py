@@ -91,6 +91,11 @@ def read_history(output_dir: Path) -> History:
     return history
 
 
+def forget(output_dir: Path) -> None:
+    """Removes what an earlier run in this folder met, which a new one is not to repeat."""
+    (output_dir / INCIDENTS_NAME).unlink(missing_ok=True)
+
+
 def passed_over(recipe: Recipe, history: History) -> Recipe:
     """The recipe with the samples that rollbacks have skipped."""
     if not history.skip_samples:

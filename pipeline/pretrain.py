@@ -88,6 +88,8 @@ def run(arguments: Arguments, timings: Timings, interruption: Interruption) -> i
     if resume_from is not None:
         first_step = checkpoint.check_fits(resume_from, world, zero_stage(ds_config)).step
         recipe = provenance.continue_recipe(output_dir, recipe, first_step)
+    if arguments.resume == "none" and world.is_first and not arguments.dry_run:
+        incidents.forget(output_dir)
     history = world.from_first(incidents.read_history(output_dir) if world.is_first else None)
     recipe = incidents.passed_over(recipe, history)
     sizes = recipe.training.batch_sizes
@@ -212,10 +214,11 @@ def run(arguments: Arguments, timings: Timings, interruption: Interruption) -> i
         if data.validation.size:
             watchdog.enter("evaluation", step)
             held_out = partial(validation_batches, data.validation, recipe.evaluation.samples, batches, world.rank)
-            values = validation_values(engine.evaluate(held_out()), data)
+            along = partial(watchdog.along, phase="evaluation", step=step)
+            values = validation_values(engine.evaluate(along(held_out())), data)
             if step and recipe.optimizer.ema_decay is not None:
                 with engine.averaged_weights():
-                    values["ema_loss"] = engine.evaluate(held_out()).loss
+                    values["ema_loss"] = engine.evaluate(along(held_out())).loss
             metrics.validation(step, values)
             if recipe.evaluation.text_samples:
                 metrics.texts(step, engine.text_samples(data.validation, encoder, recipe.evaluation.text_samples))

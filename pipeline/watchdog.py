@@ -17,15 +17,17 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 from data_prep.durable import host_name
 from pipeline.interruption import EXIT_HUNG
 from pipeline.startup import World
+
+Item = TypeVar("Item")
 
 _PATIENT = ("first step", "evaluation", "checkpoint")
 _PATIENCE = 4.0
@@ -143,6 +145,12 @@ class Watchdog:
     def enter(self, phase: str, step: int) -> None:
         """The main thread begins something; step: from 1."""
         self._place, self._since = (phase, step), time.monotonic()
+
+    def along(self, items: Iterable[Item], phase: str, step: int) -> Iterator[Item]:
+        """The items, each of which is progress: what takes many of them may take long."""
+        for item in items:
+            self.enter(phase, step)
+            yield item
 
     def worked(self, seconds: float) -> None:
         """This rank's own work of a step took so long."""

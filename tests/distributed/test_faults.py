@@ -2,18 +2,14 @@
 
 import json
 import os
-import subprocess
-import sys
-import time
-from pathlib import Path
 
-import psutil
 import pytest
 
 from pipeline.checkpoint import list_checkpoints
 from pipeline.startup import hold
 from pipeline.trace import traced
-from tests.distributed.ranks import ROOT, ds_config_with, free_port, launch, metrics
+from tests.distributed.ranks import ROOT, ds_config_with, launch, metrics
+from tests.distributed.started import FAULTY_RUN, Started, last_digests, last_step, lines
 
 pytestmark = pytest.mark.ranks
 FP32 = str(ROOT / "ds_configs" / "zero2_fp32.json")
@@ -21,13 +17,9 @@ FP32 = str(ROOT / "ds_configs" / "zero2_fp32.json")
 
 def faulty(ranks, ds_config, recipe, output_dir, faults, *flags, check=True):
     return launch(
-        ranks, "tests/distributed/faulty_run.py", "--faults", json.dumps(faults), "--deepspeed_config", ds_config,
+        ranks, FAULTY_RUN, "--faults", json.dumps(faults), "--deepspeed_config", ds_config,
         "--recipe", recipe, "--output_dir", output_dir, *flags, check=check,
     )  # fmt: skip
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 # Of each rank, at both ends of the model and in the loss.
@@ -66,10 +58,6 @@ def test_a_step_that_is_not_finite_changes_nothing_on_any_rank_and_is_written_do
     assert [record["step"] for record in metrics(run)] == [1, 4, 7]
 
 
-def last_digests(run):
-    return [lines(run / "digests" / f"rank_{rank}.jsonl")[-1] for rank in (0, 1)]
-
-
 def test_steps_that_stay_bad_take_the_run_back_and_past_their_samples(write_recipe, tmp_path):
     recipe = write_recipe("causal", training={"max_steps": 8}, checkpoint={"every_steps": 2})
     rolled, straight = tmp_path / "rolled", tmp_path / "straight"
@@ -88,49 +76,6 @@ def test_steps_that_stay_bad_take_the_run_back_and_past_their_samples(write_reci
     assert last_digests(rolled) == last_digests(straight)
     ids = [record["consumed_as"] for record in traced(rolled, 5, None, text=False)]
     assert ids == list(range(48, 56)), "trace knows of it"
-
-
-class Started:
-    """A run under the launcher that is still going, and all processes of it."""
-
-    def __init__(self, recipe, run, faults, *flags):
-        self.run = run
-        command = [
-            str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", "2", "--master_port",
-            str(free_port()), "tests/distributed/faulty_run.py", "--faults", json.dumps(faults), "--deepspeed_config",
-            FP32, "--recipe", str(recipe), "--output_dir", str(run), *map(str, flags),
-        ]  # fmt: skip
-        self.stderr = run.with_suffix(".stderr")
-        with open(self.stderr, "w") as errors:
-            self.process = subprocess.Popen(
-                command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=errors, stderr=errors
-            )
-
-    def wait_for_step(self, step):
-        """Returns when all ranks have done a step of this start, and the processes are known."""
-        while any(last_step(self.run, rank) < step for rank in (0, 1)):
-            assert self.process.poll() is None, self.stderr.read_text()
-            time.sleep(0.1)
-        self.front = psutil.Process(self.process.pid)
-        [self.launcher] = self.front.children()
-        ranks = self.launcher.children()
-        self.ranks = sorted(ranks, key=lambda process: int(process.environ()["RANK"]))
-        self.all = [self.front, self.launcher, *self.ranks]
-        assert len(self.ranks) == 2
-
-    def finish(self):
-        """The exit status, once every process of the run has gone; whatever is left after minutes is killed."""
-        status = self.process.wait(timeout=300)
-        _, left = psutil.wait_procs(self.all, timeout=120)
-        for process in left:
-            process.kill()
-        assert not left, f"{left} outlived the run"
-        return status
-
-
-def last_step(run, rank):
-    path = run / "digests" / f"rank_{rank}.jsonl"
-    return json.loads(path.read_text().splitlines()[-1])["step"] if path.exists() else 0
 
 
 SLOWLY = {"rank": 0, "step": 0, "what": "sleep", "seconds": 0.2}
@@ -160,11 +105,12 @@ def ends(write_recipe, tmp_path_factory):
         "front": lambda started: started.front.kill(),
     }
     for name, kill in kills.items():
-        started = Started(recipe, run, [SLOWLY])
-        started.wait_for_step(last_step(run, 0) + 2)
+        started = Started(FP32, recipe, run, [SLOWLY])
+        assert started.wait_for_steps(2), started.output.read_text()
         kill(started)
-        status = started.finish()
-        found[name] = (status, started.stderr.read_text(), [path.name for path in list_checkpoints(run)])
+        status, left = started.finish()
+        assert not left, f"of {name}"
+        found[name] = (status, started.output.read_text(), [path.name for path in list_checkpoints(run)])
     assert last_step(run, 0) < 60, "all were ended under way"
     dies = {"rank": 1, "step": 58, "what": "SIGKILL", "once": True}
     shown = faulty(2, FP32, recipe, run, [dies], "--max_restarts", 1)
@@ -187,7 +133,7 @@ def test_a_killed_rank_ends_the_run_with_a_status(ends):
 
 
 def test_a_killed_launcher_has_the_ranks_save_and_leave(ends):
-    """`Started.finish` has checked that nothing outlives it. (`deepspeed` ends with 0 where its child is killed.)"""
+    """The fixture has checked that nothing outlives it. (`deepspeed` ends with 0 where its child is killed.)"""
     for name, before in (("launcher", "ranks"), ("front", "launcher")):
         assert int(ends[2][name][2][-1][5:]) > int(ends[2][before][2][-1][5:])
         assert "ended on its launcher was gone" in ends[2][name][1]
@@ -218,14 +164,15 @@ HANGS = {
 def test_a_run_that_hangs_ends_naming_the_rank_and_leaves_its_stacks(write_recipe, tmp_path):
     recipe = write_recipe("causal", checkpoint={"every_steps": 0})
     runs = {
-        name: Started(recipe, tmp_path / str(number), [{**fault, "step": 3}], "--faults.hang_seconds", 8)
+        name: Started(FP32, recipe, tmp_path / str(number), [{**fault, "step": 3}], "--faults.hang_seconds", 8)
         for number, (name, (fault, _)) in enumerate(HANGS.items())
     }
     for started in runs.values():
-        started.wait_for_step(2)
+        assert started.wait_for_steps(2), started.output.read_text()
     for name, started in runs.items():
-        assert started.finish() != 0, name
-        shown = started.stderr.read_text()
+        status, left = started.finish()
+        assert status not in (0, None) and not left, name
+        shown = started.output.read_text()
         assert "error: no progress for" in shown and HANGS[name][1] in shown, shown
         stacks = [path.read_text() for path in started.run.glob("logs/rank_*.stacks")]
         assert len(stacks) == (1 if "stopped" in name else 2), name
