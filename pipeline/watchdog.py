@@ -74,7 +74,7 @@ def behind(places: Mapping[int, Place], size: int) -> tuple[list[int], str]:
     """
     silent = [rank for rank in range(size) if rank not in places]
     if silent:
-        return silent, f"{_ranks(silent)} did not answer: stopped, or the machine is gone"
+        return silent, f"{_ranks(silent)} did not answer: stopped, or its machine is gone"
     first = min(place.step for place in places.values())
     late = [rank for rank, place in places.items() if place.step == first]
     if len(late) < size:
@@ -212,10 +212,19 @@ class Watchdog:
                 self._end(late)
 
     def _end(self, late: float) -> None:
+        """Ends this process, whatever becomes of what it has to say."""
+        try:
+            self._report(late)
+        finally:
+            if self._world.is_first:
+                time.sleep(_LINGER_SECONDS)  # the store goes with this process
+            os._exit(EXIT_HUNG)
+
+    def _report(self, late: float) -> None:
+        """Writes the stacks, finds out who is behind, has it said once, and kills who does not answer on this host."""
         phase, step = self._place
-        frames = sys._current_frames()
-        place = place_of(frames.get(self._main or 0), phase, step)
-        with open(self._stacks, "w") as file:
+        place = place_of(sys._current_frames().get(self._main or 0), phase, step)
+        with contextlib.suppress(OSError), open(self._stacks, "w") as file:  # a full disk, say
             print(f"rank {self._world.rank}, {late:.0f} s in {phase} of step {step}", file=file, flush=True)
             faulthandler.dump_traceback(file, all_threads=True)
         places: dict[int, Place] = {}
@@ -223,29 +232,30 @@ class Watchdog:
         asking = threading.Thread(target=self._exchange, args=(place, places), daemon=True)
         asking.start()
         asking.join(_ANSWER_SECONDS + _STORE_SECONDS)
-        if not places:
-            places = {self._world.rank: place}
-            keeper = "rank 0, which keeps the group's store, did not answer: stopped, or the machine is gone"
-            late_ranks, why = ([0], keeper) if not self._world.is_first else behind(places, self._world.size)
-            reporter = min(1, self._world.size - 1) if not self._world.is_first else 0
-        else:
+        if places or self._world.is_first:
+            places = places or {self._world.rank: place}
             late_ranks, why = behind(places, self._world.size)
             reporter = min(places)
-        line = f"hung      no progress for {late:.0f} s (faults.hang_seconds {self._seconds:g}); {why}"
-        if not self._world.is_first:  # whose log is the terminal
-            self._logger.error(line)
-        if self._world.rank == reporter:
-            where = self._stacks.with_name("rank_N.stacks")
-            print(f"error: {line.removeprefix('hung').strip()}; stacks in {where}", file=sys.stderr, flush=True)
+        else:
+            places = {self._world.rank: place}
+            late_ranks, why = (
+                [0],
+                "rank 0, which keeps the group's store, did not answer: stopped, or its machine is gone",
+            )
+            reporter = 1
         for rank in late_ranks if len(places) < self._world.size else ():
             host, pid = self._processes[rank]
             if rank not in places and host == host_name():
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-        logging.shutdown()
-        if self._world.is_first:
-            time.sleep(_LINGER_SECONDS)  # the store goes with this process
-        os._exit(EXIT_HUNG)
+        line = f"no progress for {late:.0f} s (faults.hang_seconds {self._seconds:g}); {why}"
+        with contextlib.suppress(OSError):
+            if self._world.rank == reporter:
+                where = self._stacks.with_name("rank_N.stacks")
+                print(f"error: {line}; stacks in {where}", file=sys.stderr, flush=True)
+            if not self._world.is_first:  # whose log is the terminal
+                self._logger.error(line)
+            logging.shutdown()
 
     def _exchange(self, place: Place, places: dict[int, Place]) -> None:
         """Fills `places` with what each rank says, once all have, or after a while with those that did."""
