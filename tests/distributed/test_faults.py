@@ -164,7 +164,7 @@ HANGS = {
 def test_a_run_that_hangs_ends_naming_the_rank_and_leaves_its_stacks(write_recipe, tmp_path):
     recipe = write_recipe("causal", checkpoint={"every_steps": 0})
     runs = {
-        name: Started(FP32, recipe, tmp_path / str(number), [{**fault, "step": 3}], "--faults.hang_seconds", 8)
+        name: Started(FP32, recipe, tmp_path / str(number), [{**fault, "step": 3}], "--faults.hang_seconds", 15)
         for number, (name, (fault, _)) in enumerate(HANGS.items())
     }
     for started in runs.values():
