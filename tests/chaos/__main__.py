@@ -1,6 +1,7 @@
 """Causes what happens to runs of weeks, and counts what was lost: `make chaos`, or `python -m tests.chaos --help`."""
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 from tqdm import tqdm
 
@@ -82,8 +84,8 @@ def straight(bench: Bench, stage: str, script: str) -> Path:
     run = bench.folder / f"straight-{Path(script).stem}-{stage}"
     if last_step(run, 0) < STEPS:
         shutil.rmtree(run, ignore_errors=True)
-        started = Started(bench.config(stage), bench.recipe, run, [], script=script)
-        started.process.wait(1200)
+        with Started(bench.config(stage), bench.recipe, run, [], script=script) as started:
+            started.process.wait(1200)
         assert last_step(run, 0) == last_step(run, 1) == STEPS, started.output.read_text()
     return run
 
@@ -111,19 +113,20 @@ def kills(bench: Bench, number: int, script: str) -> Iterator[dict[str, Any]]:
     for _ in range(30):
         victim, in_save = draw.choice(("rank 0", "rank 1", "ranks", "launcher", "front")), draw.random() < 0.4
         steps, pause = draw.randint(1, 8), draw.random() * 0.3
-        started = Started(bench.config(stage), bench.recipe, run, slowly, script=script)
-        if not started.wait_for_steps(steps):
-            if started.process.wait(1200) != 0 or last_step(run, 0) < STEPS:
-                problem = _last_line(started.output)
-            break
-        if in_save:
-            in_save = _wait_for_save(run, started)
-        else:
-            time.sleep(pause)
-        step = last_step(run, 0)
-        for process in _victims(started, victim):
-            process.kill()
-        status, left = started.finish(300 if script == FAULTY_RUN else _BARE_PATIENCE)
+        with Started(bench.config(stage), bench.recipe, run, slowly, script=script) as started:
+            if not started.wait_for_steps(steps):
+                if started.process.wait(1200) != 0 or last_step(run, 0) < STEPS:
+                    problem = _last_line(started.output)
+                break
+            if in_save:
+                in_save = _wait_for_save(run, started)
+            else:
+                time.sleep(pause)
+            step = last_step(run, 0)
+            for process in _victims(started, victim):
+                with contextlib.suppress(psutil.NoSuchProcess):  # the run was at its end
+                    process.kill()
+            status, left = started.finish(300 if script == FAULTY_RUN else _BARE_PATIENCE)
         held = left == 0 and (status not in (0, None) or victim in ("launcher",) or step >= STEPS)
         yield {"fault": "kill", "of": victim, "in_save": in_save, "step": step, "status": status, "left": left,
                "fired": True, "held": held}  # fmt: skip
@@ -164,8 +167,8 @@ def nans(bench: Bench, number: int, script: str) -> Iterator[dict[str, Any]]:
         for step in sorted(draw.sample(range(2, STEPS, 2), 4))
         for site in [draw.choice(({"what": "nan loss"}, {"what": "nan gradient", "parameter": draw.randrange(-9, 9)}))]
     ]
-    started = Started(bench.config(stage), bench.recipe, run, faults, script=script)
-    status = started.process.wait(1200)
+    with Started(bench.config(stage), bench.recipe, run, faults, script=script) as started:
+        status = started.process.wait(1200)
     for fault in faults:
         found = [
             [one for one in lines(run / "digests" / f"rank_{rank}.jsonl") if one["step"] == fault["step"]]
@@ -192,11 +195,11 @@ def hangs(bench: Bench, number: int, script: str) -> Iterator[dict[str, Any]]:
     run = bench.folder / f"hangs-{Path(script).stem}-{number}"
     shutil.rmtree(run, ignore_errors=True)
     fault = {"rank": rank, "step": step, "what": what, "seconds": 3600}
-    started = Started(bench.config(stage), bench.recipe, run, [fault], script=script)
-    fired = started.wait_for_steps(step - 1)
-    began = time.monotonic()
-    status, left = started.finish(300 if script == FAULTY_RUN else _BARE_PATIENCE)
-    seconds = time.monotonic() - began
+    with Started(bench.config(stage), bench.recipe, run, [fault], script=script) as started:
+        fired = started.wait_for_steps(step - 1)
+        began = time.monotonic()
+        status, left = started.finish(300 if script == FAULTY_RUN else _BARE_PATIENCE)
+        seconds = time.monotonic() - began
     named = f"rank {rank}" in started.output.read_text().rpartition("error: no progress")[2]
     yield {"fault": "hang", "what": what, "stage": stage, "rank": rank, "status": status, "left": left,
            "seconds": round(seconds, 1), "fired": fired, "named": named,

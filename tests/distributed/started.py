@@ -1,5 +1,6 @@
 """A run under the launcher that is still going, to be killed, stopped or asked for something."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -33,7 +34,10 @@ def last_digests(run: Path) -> list[dict[str, Any]]:
 
 
 class Started:
-    """Two ranks under `deepspeed`: `front`, its child `launcher` (launch.py) and that one's children `ranks`."""
+    """Two ranks under `deepspeed`: `front`, its child `launcher` (launch.py) and that one's children `ranks`.
+
+    A context: whatever ends the block, no process of the run is left behind it.
+    """
 
     def __init__(self, ds_config: str, recipe: Path, run: Path, faults: Any, *flags: object, script: str = FAULTY_RUN):
         self.run = run
@@ -48,6 +52,20 @@ class Started:
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         with open(self.output, "w") as output:
             self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output)
+        self.ranks: list[psutil.Process] = []
+
+    def __enter__(self) -> "Started":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        family = list(self.ranks)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            family += psutil.Process(self.process.pid).children(recursive=True)
+        for process in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.process.kill()
+        self.process.wait()
 
     def wait_for_steps(self, steps: int) -> bool:
         """Returns when all ranks have done so many steps in this start, and the processes are known; False if the run
@@ -75,7 +93,4 @@ class Started:
         _, left = psutil.wait_procs(family, timeout=120 if status is not None else 0)
         for process in left:
             process.kill()
-        if status is None:
-            self.process.kill()
-            self.process.wait()
         return status, len(left)

@@ -1,5 +1,6 @@
 """What goes wrong in a run is found on all ranks alike, changes nothing, is written down, and ends as it should."""
 
+import contextlib
 import json
 import os
 
@@ -105,10 +106,10 @@ def ends(write_recipe, tmp_path_factory):
         "front": lambda started: started.front.kill(),
     }
     for name, kill in kills.items():
-        started = Started(FP32, recipe, run, [SLOWLY])
-        assert started.wait_for_steps(2), started.output.read_text()
-        kill(started)
-        status, left = started.finish()
+        with Started(FP32, recipe, run, [SLOWLY]) as started:
+            assert started.wait_for_steps(2), started.output.read_text()
+            kill(started)
+            status, left = started.finish()
         assert not left, f"of {name}"
         found[name] = (status, started.output.read_text(), [path.name for path in list_checkpoints(run)])
     assert last_step(run, 0) < 60, "all were ended under way"
@@ -163,14 +164,17 @@ HANGS = {
 
 def test_a_run_that_hangs_ends_naming_the_rank_and_leaves_its_stacks(write_recipe, tmp_path):
     recipe = write_recipe("causal", checkpoint={"every_steps": 0})
-    runs = {
-        name: Started(FP32, recipe, tmp_path / str(number), [{**fault, "step": 3}], "--faults.hang_seconds", 15)
-        for number, (name, (fault, _)) in enumerate(HANGS.items())
-    }
-    for started in runs.values():
-        assert started.wait_for_steps(2), started.output.read_text()
+    with contextlib.ExitStack() as stack:
+        runs = {}
+        for number, (name, (fault, _)) in enumerate(HANGS.items()):
+            flags = ("--faults.hang_seconds", 15)
+            started = Started(FP32, recipe, tmp_path / str(number), [{**fault, "step": 3}], *flags)
+            runs[name] = stack.enter_context(started)
+        for started in runs.values():
+            assert started.wait_for_steps(2), started.output.read_text()
+        ends = {name: started.finish() for name, started in runs.items()}
     for name, started in runs.items():
-        status, left = started.finish()
+        status, left = ends[name]
         assert status not in (0, None) and not left, name
         shown = started.output.read_text()
         assert "error: no progress for" in shown and HANGS[name][1] in shown, shown
