@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 from typing import Any
 
+from data_prep.errors import UserError
 from pipeline.interruption import EXIT_CRASHED, EXIT_HUNG, EXIT_SAVED, SUPERVISED, launcher_is_gone
 from pipeline.startup import free_port
 
@@ -36,12 +37,17 @@ def supervise(command: Sequence[str], max_restarts: int, environment: Mapping[st
     """Runs this rank as a child, again and again where it has to be; returns the status to end with.
 
     command: of a rank; from the second start on with `--resume auto`. environment: the launcher's (RANK, WORLD_SIZE,
-    MASTER_ADDR, MASTER_PORT).
+    MASTER_ADDR, MASTER_PORT). Raises UserError where that port cannot be had.
     """
+    if "TORCHELASTIC_RUN_ID" in environment:
+        raise UserError("--max_restarts: torchrun keeps MASTER_PORT to itself; give its own --max-restarts instead")
     rank, size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
     address = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
     if rank == 0:
-        listener = socket.create_server(("", address[1]), backlog=size)
+        try:
+            listener = socket.create_server(("", address[1]), backlog=size)
+        except OSError as error:
+            raise UserError(f"--max_restarts: MASTER_PORT {address[1]} is taken ({error.strerror})") from None
         threading.Thread(target=_coordinate, args=(listener, size, max_restarts), daemon=True).start()
     with _connected(address) as connection:
         _send(connection, {"rank": rank})

@@ -4,6 +4,7 @@ tests/distributed/test_faults.py."""
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,7 +13,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from data_prep.errors import UserError
 from pipeline.startup import free_port
+from pipeline.supervisor import supervise
 
 ROOT = Path(__file__).parents[2]
 SUPERVISOR = "import os, sys; from pipeline.supervisor import supervise; sys.exit(supervise(sys.argv[2:], int(sys.argv[1]), os.environ))"  # noqa: E501
@@ -104,3 +107,11 @@ def test_a_lost_supervisor_ends_all_others_and_their_ranks(world, tmp_path):
     assert statuses(supervisors[:2]) == [70, 70]
     assert not any(psutil.pid_exists(starts(tmp_path, rank)[0][2]) for rank in (0, 1))
     os.kill(starts(tmp_path, 2)[0][2], signal.SIGKILL)  # a real rank sees that its parent has gone
+
+
+def test_torchruns_own_restarts_are_pointed_to_and_a_taken_port_is_named():
+    environment = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    with pytest.raises(UserError, match=r"torchrun.*--max-restarts"):
+        supervise([], 1, {**environment, "MASTER_PORT": "1", "TORCHELASTIC_RUN_ID": "none"})
+    with socket.create_server(("", 0)) as taken, pytest.raises(UserError, match=r"MASTER_PORT .* is taken"):
+        supervise([], 1, {**environment, "MASTER_PORT": str(taken.getsockname()[1])})
