@@ -10,14 +10,14 @@ from pipeline.checkpoint import list_checkpoints
 from pipeline.startup import hold
 from pipeline.trace import traced
 from tests.distributed.ranks import ROOT, ds_config_with, launch, metrics
-from tests.distributed.started import FAULTY_RUN, Started, last_digests, last_step, lines
+from tests.distributed.started import FAULTY_RUN, Started, last_digests, last_step, lines, run_ranks
 
 pytestmark = pytest.mark.ranks
 FP32 = str(ROOT / "ds_configs" / "zero2_fp32.json")
 
 
-def faulty(ranks, ds_config, recipe, output_dir, faults, *flags, check=True):
-    return launch(
+def faulty(ranks, ds_config, recipe, output_dir, faults, *flags, check=True, start=run_ranks):
+    return start(
         ranks, FAULTY_RUN, "--faults", json.dumps(faults), "--deepspeed_config", ds_config,
         "--recipe", recipe, "--output_dir", output_dir, *flags, check=check,
     )  # fmt: skip
@@ -114,7 +114,7 @@ def ends(write_recipe, tmp_path_factory):
         found[name] = (status, started.output.read_text(), [path.name for path in list_checkpoints(run)])
     assert last_step(run, 0) < 60, "all were ended under way"
     dies = {"rank": 1, "step": 58, "what": "SIGKILL", "once": True}
-    shown = faulty(2, FP32, recipe, run, [dies], "--max_restarts", 1)
+    shown = faulty(2, FP32, recipe, run, [dies], "--max_restarts", 1, start=launch)
     found["restarted"] = (shown.status, shown.stdout + shown.stderr, [])
     return straight, run, found
 
