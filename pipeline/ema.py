@@ -106,15 +106,17 @@ def _refresh(engine: Any) -> None:
 def ema_weights(
     folder: Path, zero_stage: int, model: "torch.nn.Module", optimizer: "OptimizerSection"
 ) -> dict[str, "torch.Tensor"]:
-    """The whole averages of all parameters by name, float32, from a verified checkpoint folder.
+    """The whole averages by name, float32, from a verified checkpoint folder; without parameters that were never
+    updated.
 
     model: the run's, padded or not, on any device, of which names, ties and order are used. Raises UserError when the
     run kept no average.
     """
     found = _read(folder, zero_stage, model, optimizer)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    whole = model.named_parameters(remove_duplicate=False)
-    return {name: found[name] if name in found else found[names[id(parameter)]] for name, parameter in whole}
+    every = {name: names[id(parameter)] for name, parameter in model.named_parameters(remove_duplicate=False)}
+    found |= {name: found[tied] for name, tied in every.items() if tied in found}
+    return found
 
 
 def _read(
@@ -155,7 +157,7 @@ def _rank(path: Path) -> int:
 def _averages(stored: Mapping[str, Any], folder: Path) -> dict[int, "torch.Tensor"]:
     """By index, in the order of the optimizer's tensors."""
     states = stored["state"]
-    if not all(_STATE in state for state in states.values()):
+    if not states or not all(_STATE in state for state in states.values()):
         raise UserError(f"{folder} holds no average of the weights; train with optimizer.ema_decay")
     return {index: states[index][_STATE] for index in sorted(states)}
 

@@ -98,7 +98,10 @@ def test_one_rank_in_fp32_equals_a_plain_pytorch_adamw_loop(one_rank, tmp_path):
     from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
     auto = AutoModelForCausalLM if objective == "causal" else AutoModelForMaskedLM
-    for folder, expected in (("last", dict(model.named_parameters())), ("averaged", averages)):
+    exports = {"last": dict(model.named_parameters())}
+    if objective == "causal":  # one is enough: an export's gate takes a process of its own
+        exports["averaged"] = averages
+    for folder, expected in exports.items():
         export(run, tmp_path / folder, averaged=folder == "averaged")
         exported = dict(auto.from_pretrained(tmp_path / folder, dtype=torch.float32).named_parameters())
         for name, parameter in expected.items():
