@@ -75,9 +75,9 @@ SMALL = {
         "bert-base",
         {"num_hidden_layers": 4, "hidden_size": 512, "num_attention_heads": 8, "intermediate_size": 2048},
         4,
-        16,
+        8,
     ),
-    "gpt": Model("GPT-2 of 4 x 512", "gpt2-124m", {"n_layer": 4, "n_embd": 512, "n_head": 8}, 2, 8),
+    "gpt": Model("GPT-2 of 4 x 512", "gpt2-124m", {"n_layer": 4, "n_embd": 512, "n_head": 8}, 2, 4),
 }
 TINY = {
     "bert": Model(
@@ -159,9 +159,6 @@ def our_arguments(model: Model, settings: Settings, rows: int, apart: bool) -> l
         "training.max_steps": settings.steps,
     }
     flags = [word for name, value in values.items() for word in (f"--{name}", str(value))]
-    if model.objective == "causal":
-        flags[flags.index("--data.packing") : flags.index("--data.packing") + 2] = []
-        flags += ["--training.max_tokens", "null"]
     recipe = ROOT / "pipeline" / "recipes" / f"{model.recipe}.yaml"
     return ["--deepspeed_config", str(DS_CONFIG), "--recipe", str(recipe), *flags]
 

@@ -48,7 +48,7 @@ static inline uint32_t bits_of(float value) {
 
 static inline float from_bfloat16(uint16_t value) { return of_bits((uint32_t)value << 16); }
 
-/* Rounds to nearest, ties to even. Values here are finite. */
+/* Rounds to nearest, ties to even. */
 static inline uint16_t to_bfloat16(float value) {
     uint32_t bits = bits_of(value);
     return (uint16_t)((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
@@ -73,7 +73,7 @@ no key is seen, whose probabilities are 0. */
 FOR_EACH_CPU
 static float softmax_row(float *scores, int64_t keys, const uint8_t *visible, float factor, uint64_t row_key,
                          uint32_t first_key, uint32_t threshold, float scale, uint16_t *out) {
-    float highest = -FLT_MAX, sum = 0.0f;
+    float highest = -FLT_MAX, sum = 0.0f, unsound = 0.0f; /* 0, or NaN where a score is infinite or NaN */
     if (visible) {
 #pragma omp simd
         for (int64_t k = 0; k < keys; k++) scores[k] = visible[k] ? scores[k] * factor : -FLT_MAX;
@@ -81,15 +81,19 @@ static float softmax_row(float *scores, int64_t keys, const uint8_t *visible, fl
 #pragma omp simd
         for (int64_t k = 0; k < keys; k++) scores[k] *= factor;
     }
-#pragma omp simd reduction(max : highest)
-    for (int64_t k = 0; k < keys; k++) highest = scores[k] > highest ? scores[k] : highest;
-    int seen = highest > -FLT_MAX;
+#pragma omp simd reduction(max : highest) reduction(+ : unsound)
+    for (int64_t k = 0; k < keys; k++) {
+        highest = scores[k] > highest ? scores[k] : highest;
+        unsound += scores[k] * 0.0f;
+    }
+    int seen = highest > -FLT_MAX || isnan(unsound);
 #pragma omp simd reduction(+ : sum)
     for (int64_t k = 0; k < keys; k++) {
         float power = scores[k] > -FLT_MAX ? exp2_of(scores[k] - highest) : 0.0f;
         scores[k] = power;
         sum += power;
     }
+    sum += unsound;
     float share = seen ? scale / sum : 0.0f;
     if (out) {
 #pragma omp simd
@@ -115,7 +119,7 @@ static void softmax_row_backward(float *scores, float *gradients, int64_t keys, 
 #pragma omp simd
     for (int64_t k = 0; k < keys; k++) {
         float score = scores[k] * factor - normalizer;
-        float share = scores[k] > -FLT_MAX ? exp2_of(score < 0.0f ? score : 0.0f) : 0.0f;
+        float share = scores[k] > -FLT_MAX ? exp2_of(score > 0.0f ? 0.0f : score) : 0.0f;
         float kept = random_bits(row_key, first_key + (uint32_t)k) >= threshold ? scale : 0.0f;
         scores[k] = share * kept;
         gradients[k] = share * (kept * gradients[k] - product) * unscaled;

@@ -116,6 +116,21 @@ def repeated(arguments: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor.expand(400, *tensor.shape[1:]) for name, tensor in arguments.items()}
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_query_that_is_no_number_is_none_in_output_and_gradients(dtype, value):
+    """A run that diverges has to see it."""
+    query, key, other = tensors(dtype)
+    with torch.no_grad():
+        query[0, 1, 7, 3] = value
+    output = dropout.attention(query, key, other, visibility("causal"), 0.3, 0.1)
+    of_key = torch.autograd.grad(output.sum(), key)[0]
+    assert output[0, 7, 1].isnan().all() and of_key[0, 1, :8].isnan().any()
+    sound = torch.ones(BATCH, LENGTH, HEADS, dtype=torch.bool)
+    sound[0, 7, 1] = False
+    assert output[sound].isfinite().all()
+
+
 @pytest.mark.parametrize("model_type", ["gpt2", "bert", "llama"])
 def test_a_models_attention_takes_the_place_of_sdpas_math_and_keeps_its_average(model_type, monkeypatch):
     """The mean of many draws is the output without dropout, with and without documents, with shared key heads."""
