@@ -61,6 +61,8 @@ def use_in(model: "PreTrainedModel") -> None:
 
     from pipeline.attention import register
 
+    _register()
+
     class Dropout(nn.Dropout):
         def forward(self, values: "torch.Tensor") -> "torch.Tensor":
             if self.training and 0 < self.p < 1 and values.dtype in (torch.float32, torch.bfloat16):
@@ -286,9 +288,17 @@ def _dropout(values: "torch.Tensor", drawn_by: "torch.Tensor", rate: float) -> "
     return output
 
 
-@functools.cache
 def operators() -> Any:
-    """Registers the operators with torch, whose autograd, activation checkpointing and compiler then know them."""
+    """The operators, which torch's autograd, activation checkpointing and compiler know."""
+    import torch
+
+    if not torch.compiler.is_compiling():  # which would trace the registration; `use_in` was there before
+        _register()
+    return torch.ops.pretraining
+
+
+@functools.cache
+def _register() -> None:
     import torch
 
     def operator(name: str, function: Any, schema: str, shapes: Any) -> Any:
@@ -336,4 +346,3 @@ def operators() -> Any:
 
     forward.register_autograd(attention_back, setup_context=keep_attention)
     of_values.register_autograd(dropout_back, setup_context=keep_draw)
-    return torch.ops.pretraining
