@@ -20,7 +20,8 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from pipeline import pretrain  # noqa: E402
 from pipeline.arguments import parse_arguments  # noqa: E402
-from pipeline.startup import Interruption, Timings, leave, set_environment  # noqa: E402
+from pipeline.interruption import Interruption  # noqa: E402
+from pipeline.startup import Timings, leave, set_environment  # noqa: E402
 
 
 def useful_tokens(batches: Any) -> int:
@@ -49,7 +50,7 @@ def watch(found: dict[str, Any], bare_too: bool) -> None:
         bare(engine, batches, scale)
         return time.process_time() - started
 
-    def step(engine: Any, number: int, batches: Any, learning_rate: float) -> Any:
+    def step(engine: Any, number: int, batches: Any, learning_rate: float, **more: Any) -> Any:
         entered = time.process_time()
         if "left" in marks:  # what the loop did since the step before belongs to that one
             found["ours"][-1] += entered - marks["left"]
@@ -58,7 +59,7 @@ def watch(found: dict[str, Any], bare_too: bool) -> None:
         if bare_too and number % 2:
             found["bare"].append(timed_bare(engine, batches, scale))
         started = time.process_time()
-        result = whole(engine, number, batches, learning_rate)
+        result = whole(engine, number, batches, learning_rate, **more)
         found["ours"].append(time.process_time() - started)
         if bare_too and not number % 2:
             found["bare"].append(timed_bare(engine, batches, scale))
