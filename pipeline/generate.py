@@ -172,16 +172,17 @@ def _generated(
         options["stopping_criteria"] = [reader.stopped]
     if stream is not None:
         options["streamer"] = Streamer(reader, _byte_ids(exported.folder), stream)
-    output = model.generate(
-        input_ids=torch.tensor(rows, device=model.device),
-        attention_mask=torch.tensor(mask, device=model.device),
-        max_new_tokens=new_tokens,
-        num_return_sequences=settings.num_samples,
-        eos_token_id=special.end_of_document,
-        pad_token_id=padding,
-        **settings.sampling,
-        **options,
-    )
+    with torch.inference_mode():  # generate's own no_grad takes 4 % longer on a small model
+        output = model.generate(
+            input_ids=torch.tensor(rows, device=model.device),
+            attention_mask=torch.tensor(mask, device=model.device),
+            max_new_tokens=new_tokens,
+            num_return_sequences=settings.num_samples,
+            eos_token_id=special.end_of_document,
+            pad_token_id=padding,
+            **settings.sampling,
+            **options,
+        )
     made = [reader.continuation(row, ids[width:]) for row, ids in enumerate(output.tolist())]
     return [made[first : first + settings.num_samples] for first in range(0, len(made), settings.num_samples)]
 
@@ -197,15 +198,17 @@ class TextReader:
 
     def __init__(self, exported: "Exported", prompts: list[list[int]], settings: Settings) -> None:
         self._encoder, self._end = exported.encoder, exported.tokenizer.special.end_of_document
-        self._prompts = [ids[1:] for ids in prompts for _ in range(settings.num_samples)]
+        tails = [ids[1:][-_TAIL_TOKENS:] for ids in prompts]
+        shown = [(tail, len(self._encoder.decode(tail))) for tail in tails]
+        self._prompts = [one for one in shown for _ in range(settings.num_samples)]
         self._width = max(map(len, prompts))
         self.stop = settings.stop
         self._tail = _TAIL_TOKENS + max((len(stop.encode()) for stop in self.stop), default=0)
 
     def text_after_prompt(self, row: int, new: Sequence[int]) -> str:
         """Decoded behind the prompt, whose last tokens may share a character or a space with the new ones."""
-        prompt = self._prompts[row][-_TAIL_TOKENS:]
-        return self._encoder.decode([*prompt, *new])[len(self._encoder.decode(prompt)) :]
+        prompt, characters = self._prompts[row]
+        return self._encoder.decode([*prompt, *new])[characters:]
 
     def cut(self, text: str) -> str:
         """Up to the first of the stop strings."""

@@ -156,8 +156,7 @@ def open_here(job):
     return plain_transformers.main(job) | {"modules": []}
 
 
-@pytest.mark.parametrize("ranks", [1, 3])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("ranks", "dtype"), [(1, torch.float32), (3, torch.bfloat16)])
 def test_zero_3s_parts_are_put_together_parameter_by_parameter(ranks, dtype, tmp_path, shards, tiny_tokenizer):
     run, expected = made_run(tmp_path / "run", "causal", shards, tiny_tokenizer, zero_stage=3, ranks=ranks)
     weights = read_weights(run / "checkpoints" / "step-00000004", 3, dtype)
@@ -249,6 +248,17 @@ def test_without_the_runs_data_ids_are_made_up_and_said_to_be(gpt_run, tmp_path,
     assert passed.source.startswith("samples of made-up ids (data.shards: ") and "gone" in passed.source
 
 
+def test_a_large_model_is_cut_into_files(gpt_run, tmp_path, here, monkeypatch):
+    monkeypatch.setattr("pipeline.export.SHARD_SIZE", "40KB")
+    (tmp_path / "exported").mkdir()
+    (tmp_path / "exported" / "config.json").write_text("{}")
+    export(gpt_run, tmp_path / "exported", overwrite=True)
+    files = sorted(path.name for path in (tmp_path / "exported").glob("*.safetensors"))
+    assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05}.safetensors"
+    index = json.loads((tmp_path / "exported" / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == set(files)
+
+
 BROKEN = {
     "a transposed weight": ("transformer.h.1.attn.c_proj.weight", "read back differently"),
     "another norm": ({"layer_norm_epsilon": 1e-2}, "computes something else"),
@@ -310,8 +320,8 @@ def test_the_gate_refuses(name, gate, tmp_path):
         check(broken)
 
 
-def test_what_the_gate_refuses_does_not_get_the_name(gpt_run, gate, tmp_path, monkeypatch):
-    """A folder broken in the middle of an export, opened in a process of its own, and the model before it stays."""
+def test_what_the_gate_refuses_does_not_get_the_name(gpt_run, gate, tmp_path, here, monkeypatch):
+    """A folder is broken in the middle of an export, and the model before it stays."""
     output, check = shutil.copytree(gate[0], tmp_path / "exported"), export_gate.check_folder
     before = (output / "model.safetensors").stat().st_ino
 
@@ -320,6 +330,10 @@ def test_what_the_gate_refuses_does_not_get_the_name(gpt_run, gate, tmp_path, mo
         (folder / "config.json").write_text(json.dumps(config | {"layer_norm_epsilon": 1e-2}))
         return check(folder, *arguments, **options)
 
+    with pytest.raises(UserError, match="is not empty; give another folder or --overwrite"):
+        export(gpt_run, output)
+    with pytest.raises(UserError, match="neither a checkpoint nor a run"):
+        export(tmp_path / "nowhere", output, overwrite=True)
     monkeypatch.setattr(export_gate, "check_folder", broken)
     with pytest.raises(UserError, match=r"sample 0: \d+\.\d% of its outputs differ, by up to .*nothing is exported"):
         export(gpt_run, output, overwrite=True)
