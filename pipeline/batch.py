@@ -48,10 +48,12 @@ def plan_batches(
     sequence_length: int,
     device: str,
     later_sizes: tuple[int, ...] = (),
+    setting: str = "training.global_batch_size",
 ) -> BatchPlan:
     """Works the triangle out from the recipe's global batch and the ds_config's micro-batch.
 
-    later_sizes: global batches that a ramp comes to; the micro-batch fits them all.
+    later_sizes: global batches that a ramp comes to; the micro-batch fits them all. setting: what messages call the
+    global batch.
 
     A micro-batch of "auto" (or none) becomes the largest that divides a rank's share of the global batch and has
     at most AUTO_TOKENS tokens. device: "cpu", "cuda", ...
@@ -62,7 +64,7 @@ def plan_batches(
         if size % world_size:
             fitting = max(divisor for divisor in _divisors(size) if divisor <= world_size)
             raise UserError(
-                f"training.global_batch_size is {size}, not a multiple of the {world_size} ranks; start"
+                f"{setting} is {size}, not a multiple of the {world_size} ranks; start"
                 f" {fitting} ranks, or take {-(-size // world_size) * world_size} samples"
             )
     # What each rank has of every global batch of a ramp, as far as it is common to all.
@@ -83,7 +85,7 @@ def plan_batches(
         if share % stated:
             raise UserError(
                 f"{source}: gradient_accumulation_steps is {stated}, which does not divide the {share} samples that"
-                f" each of {world_size} ranks has of training.global_batch_size {global_batch_size}"
+                f" each of {world_size} ranks has of {setting} {global_batch_size}"
             )
         micro = share // stated
     if micro == "auto":
@@ -95,12 +97,12 @@ def plan_batches(
         nearest = min(_divisors(share), key=lambda divisor: abs(divisor - micro))
         raise UserError(
             f"{source}: train_micro_batch_size_per_gpu is {micro}, which does not divide the {share} samples that each"
-            f" of {world_size} ranks has of training.global_batch_size {global_batch_size}; {nearest} would"
+            f" of {world_size} ranks has of {setting} {global_batch_size}; {nearest} would"
         )
     accumulation = global_batch_size // world_size // micro
     if stated is not None and stated != accumulation:
         raise UserError(
-            f"{source}: gradient_accumulation_steps is {stated}, but training.global_batch_size {global_batch_size}"
+            f"{source}: gradient_accumulation_steps is {stated}, but {setting} {global_batch_size}"
             f" / (micro-batch {micro} x {world_size} ranks) is {accumulation}; leave the key out"
         )
     return BatchPlan(global_batch_size, micro, accumulation, world_size)

@@ -11,7 +11,7 @@ from typing import Any
 
 from data_prep.errors import UserError
 from pipeline.batch import BatchPlan
-from pipeline.recipe import Recipe
+from pipeline.recipe import OptimizerSection, Recipe
 
 # ds_config key -> recipe field that holds the same thing.
 _SHARED = {
@@ -181,13 +181,19 @@ def _equal(left: Any, right: Any) -> bool:
 def complete_ds_config(config: dict[str, Any], recipe: Recipe, batches: BatchPlan) -> dict[str, Any]:
     """The configuration that DeepSpeed gets: the ds_config with the recipe's numbers filled in.
 
-    Raises UserError as `check_optimizer`, `check_average` and `check_histograms` do.
+    Raises UserError as `fill_in` and `check_histograms` do.
     """
-    check_optimizer(config, recipe.optimizer.type)
-    check_average(config, recipe.optimizer.ema_decay)
     check_histograms(config, recipe.evaluation.histograms_every_steps)
+    return fill_in(config, recipe.optimizer, batches)
+
+
+def fill_in(config: dict[str, Any], optimizer: OptimizerSection, batches: BatchPlan) -> dict[str, Any]:
+    """The ds_config with the numbers of the batches and the clipping; raises UserError as `check_optimizer` and
+    `check_average` do."""
+    check_optimizer(config, optimizer.type)
+    check_average(config, optimizer.ema_decay)
     # DeepSpeed knows AdamW's classes; that ours may see what ZeRO keeps is checked above.
-    ours = {"zero_allow_untested_optimizer": True} if recipe.optimizer.type != "AdamW" else {}
+    ours = {"zero_allow_untested_optimizer": True} if optimizer.type != "AdamW" else {}
     return {
         "steps_per_print": 1 << 62,  # the run's own log says it
         **config,
@@ -195,7 +201,7 @@ def complete_ds_config(config: dict[str, Any], recipe: Recipe, batches: BatchPla
         "train_batch_size": batches.global_batch_size,
         "train_micro_batch_size_per_gpu": batches.micro_batch_size,
         "gradient_accumulation_steps": batches.gradient_accumulation_steps,
-        "gradient_clipping": recipe.optimizer.gradient_clipping,
+        "gradient_clipping": optimizer.gradient_clipping,
     }
 
 
@@ -282,10 +288,10 @@ def check_average(config: Mapping[str, Any], ema_decay: float | None) -> None:
         )
 
 
-def describe(config: Mapping[str, Any], recipe: Recipe) -> str:
-    """Stage, precision and optimizer in words."""
+def describe(config: Mapping[str, Any], optimizer: str) -> str:
+    """Stage, precision and optimizer (by its type) in words."""
     device = offload_device(config, "optimizer")
     offloaded = "" if device == "none" else f" offloaded to {device}"
     weights, products = precision(config), compute_precision(config)
     autocast = "" if weights == products else f" with {products} autocast"
-    return f"ZeRO {zero_stage(config)}, {weights}{autocast}, {recipe.optimizer.type}{offloaded}"
+    return f"ZeRO {zero_stage(config)}, {weights}{autocast}, {optimizer}{offloaded}"

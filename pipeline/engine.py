@@ -82,6 +82,32 @@ class StepResult:
     own_seconds: float = 0.0
 
 
+def initialize_deepspeed(
+    model: "torch.nn.Module", recipe: OptimizerSection, ds_config: dict[str, Any]
+) -> "tuple[Any, torch.optim.Optimizer, bool]":
+    """DeepSpeed's engine around the model, the optimizer within it, and whether the norm of the gradients has to be
+    measured before a step (`norm_of_gradients`): in plain data parallelism in fp32 DeepSpeed clips without keeping it,
+    and never leaves a step out.
+
+    ds_config: complete (pipeline.ds_config.complete_ds_config).
+    """
+    import deepspeed
+
+    optimizer = make_optimizer(model, recipe, ds_config)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, dist_init_required=False)
+    unsharded, in_fp32 = zero_stage(ds_config) == 0, precision(ds_config) == "fp32"
+    if unsharded and not in_fp32:
+        # The step of its initialisation (FP16_UnfusedOptimizer) would count as the first.
+        optimizer.state.clear()
+    return engine, optimizer, unsharded and in_fp32
+
+
+def norm_of_gradients(engine: Any) -> "torch.Tensor":
+    from torch.nn.utils import get_total_norm
+
+    return get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
+
+
 class Engine:
     """A DeepSpeed engine that takes whole optimizer steps.
 
@@ -103,7 +129,6 @@ class Engine:
         z_loss: float = 0.0,
         label_smoothing: float = 0.0,
     ) -> None:
-        import deepspeed
         import torch
 
         self.world = world
@@ -112,19 +137,9 @@ class Engine:
         self.dtype = getattr(torch, TORCH_DTYPES[compute_precision(ds_config)])
         if world.device.type == "cpu":
             dropout.use_in(model)
-        optimizer = make_optimizer(model, recipe, ds_config)
-        self.deepspeed, *_ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=ds_config, dist_init_required=False
-        )
-        unsharded, in_fp32 = zero_stage(ds_config) == 0, precision(ds_config) == "fp32"
-        if unsharded and not in_fp32:
-            # The step of its initialisation (FP16_UnfusedOptimizer) would count as the first.
-            optimizer.state.clear()
-        self._optimizer = optimizer
+        self.deepspeed, self._optimizer, self._measures_norm = initialize_deepspeed(model, recipe, ds_config)
         if recipe.ema_decay is not None:
-            ema.keep_average(optimizer, recipe.ema_decay)
-        # In plain data parallelism in fp32 DeepSpeed clips without keeping the norm, and never leaves a step out.
-        self._measures_norm = unsharded and in_fp32
+            ema.keep_average(self._optimizer, recipe.ema_decay)
         self._autocasts = precision(ds_config) != compute_precision(ds_config)
         self._scales_loss = compute_precision(ds_config) == "fp16"
         self.head = LossHead(
@@ -207,7 +222,7 @@ class Engine:
             self.deepspeed.backward(loss * (math.nan if discard else 1 + gate), scale_wrt_gas=False)
             if index < len(batches) - 1:
                 self.deepspeed.step()
-        norm = self._norm_of_gradients() if self._measures_norm else None
+        norm = norm_of_gradients(self.deepspeed) if self._measures_norm else None
         if norm is not None and not norm.isfinite():
             self._leave_out()
         self.deepspeed.step()
@@ -257,11 +272,6 @@ class Engine:
         self.deepspeed.set_gradient_accumulation_boundary(False)
         self.deepspeed.global_steps += 1
         self.deepspeed.skipped_steps += 1
-
-    def _norm_of_gradients(self) -> "torch.Tensor":
-        from torch.nn.utils import get_total_norm
-
-        return get_total_norm([p.grad for p in self.deepspeed.module.parameters() if p.grad is not None])
 
     def check_average(self) -> None:
         """Raises UserError when a checkpoint has restored states without the average of the weights."""

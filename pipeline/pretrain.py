@@ -188,7 +188,7 @@ def run(arguments: Arguments, timings: Timings, interruption: Interruption) -> i
     logger.info(f"batch     {batches}, {batches.global_batch_size * sequence_length:,} tokens a step{ramp}")
     attention = f", {describe_attention(world.device, engine.dtype, model_config)}" if recipe.has_boundaries else ""
     on = f"{world.describe()} on {hosts} hosts" if hosts > 1 else world.describe()
-    logger.info(f"engine    {describe(ds_config, recipe)} on {on}{attention}")
+    logger.info(f"engine    {describe(ds_config, recipe.optimizer.type)} on {on}{attention}")
     local_ranks = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1")))
     for line in expectations(
         shape, recipe, ds_config, batches, device_name=world.device_name, gpus_per_node=local_ranks

@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-COMMANDS = ("embed", "export", "fill_mask", "generate", "look", "rehearse", "score")
+COMMANDS = ("embed", "evaluate", "export", "fill_mask", "finetune", "generate", "look", "rehearse", "score")
 HEAVY = ("torch", "transformers", "deepspeed", "tensorboard", "PIL")
 
 
