@@ -32,6 +32,7 @@ tasks:
 A GPT is measured by likelihood, a BERT by pseudo-likelihood (perplexity, wikitext and minimal_pairs).
 """
 _LM_EVAL = "lm_eval:"
+_LM_EVAL_ROWS = 16  # of a forward pass; lm-eval alone takes 1
 _TASKS = ("perplexity", "wikitext", "lambada", "minimal_pairs")
 
 
@@ -64,6 +65,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--no_detokenize", action="store_true", help="wikitext: read the text as it is")
     parser.add_argument(
         "--num_fewshot", type=int, metavar="N", help="lm_eval: examples in a prompt (default: the task's)"
+    )
+    parser.add_argument(
+        "--include_path",
+        metavar="D",
+        help="lm_eval: folder with task files (YAML) of your own, which may name local data",
     )
     parser.add_argument("--limit", type=int, metavar="N", help="lm_eval: examples of a task (default: all)")
     parser.add_argument(
@@ -143,6 +149,7 @@ def measure_by_lm_eval(arguments: argparse.Namespace) -> "Found":
 
     try:
         from lm_eval import simple_evaluate
+        from lm_eval.tasks import TaskManager
     except ImportError:
         raise UserError("lm-eval is not installed; pip install '.[lm_eval]' brings it") from None
     import torch
@@ -154,7 +161,9 @@ def measure_by_lm_eval(arguments: argparse.Namespace) -> "Found":
             model="hf",
             model_args={"pretrained": str(arguments.model), "dtype": dtype},
             tasks=names,
+            task_manager=TaskManager(include_path=arguments.include_path),
             num_fewshot=arguments.num_fewshot,
+            batch_size=_LM_EVAL_ROWS,
             limit=arguments.limit,
             device="cuda" if torch.cuda.is_available() else "cpu",
         )

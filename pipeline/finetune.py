@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import statistics
 import sys
 from dataclasses import asdict, dataclass
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 EXIT_INTERRUPTED = 130
 RESULTS_NAME = "results.json"
 MODEL_NAME = "model"
+PREDICTIONS_NAME = "predictions"
+_BOARD_NAME = "tensorboard"
 _SQUAD = ("squad", "squad_v2")
 _TEXT = "text_to_text"
 
@@ -217,28 +220,28 @@ def _tasks(arguments: argparse.Namespace) -> list[str]:
     return found
 
 
+def read_ds_config(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """The ds_config, checked as far as one process can, and what to call it in messages."""
+    from pipeline import ds_config_keys, ops
+    from pipeline.ds_config import check_carried_out
+
+    path = arguments.deepspeed_config
+    source = "--deepspeed_config" if path is None else str(path)
+    ds_config = {} if path is None else ds_config_keys.read_ds_config(path)
+    ops.configure_environment()  # before the check imports deepspeed
+    ds_config_keys.check_ds_config_keys(ds_config, source)
+    check_carried_out(ds_config, source)
+    return ds_config, source
+
+
 def run(arguments: argparse.Namespace, interruption: Interruption) -> None:
     """What is asked for, on the ranks. Imports stand where they are needed: `--help` and mistakes answer at once."""
     _tasks(arguments)
-
-    from pipeline import ops
-    from pipeline.ds_config import check_carried_out, check_ranks
-    from pipeline.ds_config_keys import check_ds_config_keys, read_ds_config
-
-    ds_config: dict[str, Any] = {}
-    source = "--deepspeed_config"
-    if arguments.deepspeed_config is not None:
-        source = str(arguments.deepspeed_config)
-        ds_config = read_ds_config(arguments.deepspeed_config)
-    ops.configure_environment()
-    check_ds_config_keys(ds_config, source)
-    check_carried_out(ds_config, source)
+    ds_config, source = read_ds_config(arguments)
 
     from pipeline.startup import init_distributed
 
     world = init_distributed()
-    check_ranks(ds_config, source, device=world.device.type, world_size=world.size)
-    ops.build_ops(ops.required_ops(ds_config, world.device.type), print)
     run_tasks(arguments, ds_config, source, world, interruption)
     world.close()
 
@@ -249,7 +252,12 @@ def run_tasks(
     """All tasks, one after the other, and their table. source: of the ds_config, for messages."""
     from transformers.utils import logging as transformers_logging
 
+    from pipeline import ops
+    from pipeline.ds_config import check_ranks
     from pipeline.startup import open_log
+
+    check_ranks(ds_config, source, device=world.device.type, world_size=world.size)
+    ops.build_ops(ops.required_ops(ds_config, world.device.type), print)
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -494,7 +502,7 @@ def _finish(
     predictor = Predictor(model, task.head(model, world.device), collate, world, batches.micro_batch_size)
     outputs = {name: predictor.outputs(samples, name) for name, samples in task.dev.items()}
     read_back = task.metrics(outputs) if world.is_first else {}
-    predictions = folder / "predictions"
+    predictions = folder / PREDICTIONS_NAME
     if world.is_first:
         predictions.mkdir(exist_ok=True)
     further = task.predict(model, predictor, predictions)
@@ -528,6 +536,8 @@ class _Records:
             return
         folder.mkdir(parents=True, exist_ok=True)
         (folder / RESULTS_NAME).unlink(missing_ok=True)  # of another run, which this one replaces
+        for name in (PREDICTIONS_NAME, _BOARD_NAME):
+            shutil.rmtree(folder / name, ignore_errors=True)
         self._file = open(folder / "metrics.jsonl", "w", buffering=1)  # noqa: SIM115 - closed by `close`
         self._board: Any = None
         self._bar: Any = None
@@ -540,7 +550,7 @@ class _Records:
 
         self._end()
         self._seed = seed
-        self._board = SummaryWriter(str(self._folder / "tensorboard" / f"seed-{seed}"))
+        self._board = SummaryWriter(str(self._folder / _BOARD_NAME / f"seed-{seed}"))
         self._bar = tqdm(
             total=steps, desc=title, unit="step", dynamic_ncols=True, file=sys.stderr, disable=not sys.stderr.isatty()
         )
@@ -620,8 +630,12 @@ def table(results: dict[str, dict[str, Any]], *, whole: bool) -> list[str]:
     return lines
 
 
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    return _parser().parse_args(argv)
+
+
 def main(argv: list[str]) -> int:
-    arguments = _parser().parse_args(argv)
+    arguments = parse_arguments(argv)
     set_environment()
     try:
         run(arguments, Interruption())

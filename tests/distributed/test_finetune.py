@@ -108,13 +108,13 @@ def finished(tmp_path_factory) -> dict[str, Any]:
         return [str(flag) for flag in given]
 
     equal = ("--batch_size", 16, "--epochs", 1, "--lr", 1e-3)
-    learn = ("--lr", 2e-3, "--epochs", 6, "--patience", 2)
     alone = [
         flags("glue", bert, glue, "glue1", *equal, "--deepspeed_config", base / "one.json"),
-        flags("sst2", bert, reviews, "bert", *learn, "--seeds", 1, 2, "--evaluations_per_epoch", 2),
-        flags("sst2", gpt, reviews, "gpt2", *learn),
-        flags("squad_v2", bert, base / "squad", "squad", "--lr", 3e-3, "--epochs", 10, "--doc_stride", 4,
-              "--max_length", 24),
+        flags("sst2", bert, reviews, "bert", "--lr", 1e-3, "--epochs", 10, "--seeds", 1, 2),
+        flags("sst2", gpt, reviews, "gpt2", "--lr", 2e-3, "--epochs", 8, "--patience", 2,
+              "--evaluations_per_epoch", 2),
+        flags("squad_v2", bert, base / "squad", "squad", "--lr", 1e-3, "--epochs", 50, "--doc_stride", 4,
+              "--max_length", 24, "--batch_size", 32, "--evaluations_per_epoch", 1),
         flags("text_to_text", gpt, pairs, "pairs", "--lr", 5e-3, "--epochs", 8, "--separator", " = ",
               "--max_new_tokens", 5),
         # A second call finds the results of the first.
@@ -132,8 +132,9 @@ def finished(tmp_path_factory) -> dict[str, Any]:
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     together = [
         flags("glue", bert, glue, "glue2", *equal, "--deepspeed_config", base / "zero3.json"),
-        flags("text_to_text", gpt, pairs, "pairs2", *equal, "--separator", " = ", "--max_new_tokens", 5),
-    ]
+        flags("text_to_text", gpt, pairs, "pairs2", *equal, "--separator", " = ", "--max_new_tokens", 5,
+              "--deepspeed_config", ROOT / "ds_configs" / "zero2.json"),
+    ]  # fmt: skip
     (base / "together.json").write_text(json.dumps(together))
     launch(2, TUNE, base / "together.json")
     return {"base": base, "stdout": done.stdout, "glue": glue, "reviews": reviews}
@@ -220,7 +221,7 @@ def test_a_small_model_learns_and_plain_transformers_reads_the_best(finished, ki
             assert answers == [f"{index}\t{label}" for index, label in enumerate(found)]
 
 
-def test_the_best_of_several_seeds_is_kept_and_a_seed_ends_when_nothing_gets_better(finished):
+def test_the_best_of_several_seeds_is_kept(finished):
     folder = finished["base"] / "bert"
     results = json.loads((folder / "results.json").read_text())
     assert set(results["seeds"]) == {"1", "2"}
@@ -231,14 +232,17 @@ def test_the_best_of_several_seeds_is_kept_and_a_seed_ends_when_nothing_gets_bet
     for seed, found in results["seeds"].items():
         evaluations = [record for record in records if "dev" in record and str(record["seed"]) == seed]
         scores = [record["dev"]["accuracy"] for record in evaluations]
+        assert [record["epoch"] for record in evaluations] == list(range(1, 11))
         assert found["metrics"]["accuracy"] == max(scores)
         assert found["step"] == evaluations[int(np.argmax(scores))]["step"], "the first of equal ones"
-        assert [record["epoch"] for record in evaluations[:3]] == pytest.approx([8 / 15, 1.0, 23 / 15])
-        since = len(scores) - 1 - int(np.argmax(scores))
-        assert since == 2 or len(scores) == 12
-    assert any(len([r for r in records if "dev" in r and str(r["seed"]) == seed]) < 12 for seed in results["seeds"]), (
-        "patience ended one of them"
-    )
+
+
+def test_a_seed_ends_when_two_evaluations_bring_nothing_better(finished):
+    records = [record for record in json_lines(finished["base"] / "gpt2" / "metrics.jsonl") if "dev" in record]
+    assert [record["step"] for record in records[:4]] == [8, 15, 23, 30], "the halves of epochs of 15 steps"
+    scores = [record["dev"]["accuracy"] for record in records]
+    assert len(scores) == int(np.argmax(scores)) + 3 < 16
+    assert "SST-2, seed 1: no better evaluation since step" in finished["stdout"]
 
 
 def test_squad_2_is_learned_with_windows_and_a_threshold(finished):
@@ -248,7 +252,7 @@ def test_squad_2_is_learned_with_windows_and_a_threshold(finished):
     folder = finished["base"] / "squad"  # the data and the run
     results = json.loads((folder / "results.json").read_text())
     best = results["best"]["metrics"]
-    assert best["f1"] > 45 and best["HasAns_f1"] > 20, "34 % is what no answers at all would have"
+    assert best["f1"] > 80 and best["HasAns_f1"] > 70, "35 % is what no answers at all would have"
     assert results["saved_model"] == pytest.approx(best)
     predictions, odds, candidates = (
         json.loads((folder / "predictions" / f"{name}.json").read_text())
@@ -287,6 +291,20 @@ def test_targets_alone_are_learned_and_generated(finished):
             loss = model(input_ids=torch.tensor([prompt + target]), labels=labels).loss
         nats, tokens = nats + float(loss) * len(target), tokens + len(target)
     assert results["saved_model"]["loss"] == pytest.approx(nats / tokens, rel=1e-4)
+
+
+def test_two_ranks_at_zero_2_in_bf16_keep_what_they_evaluated(finished):
+    from safetensors.torch import load_file
+
+    folder = finished["base"] / "pairs2"
+    results = json.loads((folder / "results.json").read_text())
+    best = results["best"]["metrics"]
+    assert {name: results["saved_model"][name] for name in best} == pytest.approx(best, rel=1e-6)
+    assert len(json_lines(folder / "predictions" / "generations.jsonl")) == 20
+    weights = load_file(folder / "model" / "model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
+    losses = [record["loss"] for record in steps_of(folder)]
+    assert len(losses) == 19 and losses[-1] < losses[0] - 1
 
 
 def test_mistakes_are_one_line(tmp_path):

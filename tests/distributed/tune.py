@@ -1,4 +1,4 @@
-"""Runs several fine-tunings in one process, as `pipeline.finetune` would one by one: the start is what costs.
+"""Runs several fine-tunings in one world, as `pipeline.finetune` would one by one: the start is what costs.
 
 `tune.py COMMANDS.json`: a list of lists of flags. Under the launcher, or without one as a single process.
 """
@@ -9,9 +9,15 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).parents[2])
 
-from pipeline.finetune import main  # noqa: E402
-from pipeline.startup import leave  # noqa: E402
+from pipeline.finetune import parse_arguments, read_ds_config, run_tasks  # noqa: E402
+from pipeline.startup import Interruption, init_distributed, leave, set_environment  # noqa: E402
 
 if __name__ == "__main__":
-    commands = json.loads(Path(sys.argv[-1]).read_text())
-    leave(max(main(flags) for flags in commands))
+    set_environment()
+    commands = [parse_arguments(flags) for flags in json.loads(Path(sys.argv[-1]).read_text())]
+    configs = [read_ds_config(arguments) for arguments in commands]
+    world = init_distributed()
+    for arguments, (ds_config, source) in zip(commands, configs, strict=True):
+        run_tasks(arguments, ds_config, source, world, Interruption())
+    world.close()
+    leave(0)
