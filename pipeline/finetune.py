@@ -254,8 +254,11 @@ def run_tasks(
 
     from pipeline import ops
     from pipeline.ds_config import check_ranks
+    from pipeline.preflight import check_hosts_alike
+    from pipeline.provenance import git_commit, package_versions
     from pipeline.startup import open_log
 
+    check_hosts_alike(world, {"commit": str(git_commit()), "ds_config": str(ds_config), **package_versions()})
     check_ranks(ds_config, source, device=world.device.type, world_size=world.size)
     ops.build_ops(ops.required_ops(ds_config, world.device.type), print)
 
@@ -351,7 +354,7 @@ def fine_tune(
     from transformers import AutoConfig
 
     from pipeline.batch import plan_batches
-    from pipeline.ds_config import fill_in, describe, merge_into_recipe
+    from pipeline.ds_config import describe, fill_in, merge_into_recipe
     from pipeline.model import longest_input
     from pipeline.recipe import OptimizerSection
     from pipeline.tasks.encoding import Collator, load_tokenizer

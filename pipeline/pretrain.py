@@ -249,7 +249,9 @@ def run(arguments: Arguments, timings: Timings, interruption: Interruption) -> i
         logger=logger,
         monitor=engine.deepspeed.monitor,
     )
-    metrics.describe(hyperparameters(recipe, model_config.model_type, size.parameters, describe(ds_config, recipe)))
+    metrics.describe(
+        hyperparameters(recipe, model_config.model_type, size.parameters, describe(ds_config, recipe.optimizer.type))
+    )
     encoder = Encoder(data.tokenizer.folder)
     losses = recent_losses(output_dir, first_step, 2 * incidents.WINDOW) if world.is_first else None
     judge = incidents.Judge(

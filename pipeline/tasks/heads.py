@@ -122,7 +122,7 @@ class TextHead:
         place = torch.arange(ids.shape[1], device=ids.device)
         is_target = (mask > 0) & (place >= rows.targets[:, :1]) & (place > 0) & chosen[:, None]
         row, column = is_target.nonzero(as_tuple=True)
-        trained, of_tokens, _ = self._head(
+        trained, of_tokens, *_ = self._head(
             row * ids.shape[1] + column - 1, ids[row, column], scale, **rows.inputs, use_cache=False
         )
         return trained, of_tokens, row
