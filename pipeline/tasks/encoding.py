@@ -60,7 +60,9 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
         raise UserError(f"--model {folder}: the tokenizer has neither a pad_token nor an eos_token; name one of them")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    if tokenizer.cls_token_id is None and tokenizer.eos_token_id is not None:
+    # Not by its special tokens: a GPT's tokenizer of ours has [CLS] and [SEP] for the BERT of the same shards.
+    framed = tokenizer("a", "b", return_special_tokens_mask=True)["special_tokens_mask"][-1]
+    if tokenizer.eos_token_id is not None and not framed:
         _separate_pairs(tokenizer)
     tokenizer.padding_side = "right"
     return tokenizer

@@ -1,6 +1,6 @@
-"""Runs several fine-tunings in one world, as `pipeline.finetune` would one by one: the start is what costs.
+"""Runs several fine-tunings in one process, as `pipeline.finetune` would one by one: the start is what costs.
 
-`tune.py COMMANDS.json`: a list of lists of flags. Under the launcher, or without one as a single process.
+`tune.py COMMANDS.json`: a list of lists of flags.
 """
 
 import json
@@ -14,7 +14,7 @@ from pipeline.startup import Interruption, init_distributed, leave, set_environm
 
 if __name__ == "__main__":
     set_environment()
-    commands = [parse_arguments(flags) for flags in json.loads(Path(sys.argv[-1]).read_text())]
+    commands = [parse_arguments(flags) for flags in json.loads(Path(sys.argv[1]).read_text())]
     configs = [read_ds_config(arguments) for arguments in commands]
     world = init_distributed()
     for arguments, (ds_config, source) in zip(commands, configs, strict=True):

@@ -6,10 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from transformers import AutoTokenizer
 
+from data_prep.encoding import Encoder, load_tokenizer_info
 from data_prep.errors import UserError
 from pipeline.tasks import metrics
+from pipeline.tasks.encoding import encode, load_tokenizer
 from pipeline.tasks.glue import TASKS, Example, find_folder, read_local, splits_of_hub, write_submission
+from tests.made_models import made_model
 
 # A few lines of each file as the benchmark's archive has them: columns, quotation marks, line separators in texts.
 _MNLI = (
@@ -179,6 +183,29 @@ def test_a_submission_has_the_servers_columns_labels_and_numbers(glue, tmp_path)
     assert written("stsb", "STS-B", [[5.7]]) == "index\tprediction\n7\t5.000\n", "scores stay within 0 and 5"
     assert written("stsb", "STS-B", [[3.14159]]) == "index\tprediction\n7\t3.142\n"
     assert (tmp_path / "MNLI-mm.tsv").exists()
+
+
+@pytest.mark.parametrize("objective", ["causal", "mlm"])
+def test_a_pairs_texts_are_kept_apart_in_the_rows_of_an_exported_model(objective, tiny_tokenizer, tmp_path):
+    """A GPT's tokenizer, which frames nothing, gets the end of document behind each text; saved, it still does so."""
+    special = load_tokenizer_info(tiny_tokenizer).special
+    tokenizer = load_tokenizer(made_model(tmp_path / "model", objective, tiny_tokenizer))
+    tokenizer.save_pretrained(tmp_path / "saved")
+    texts = ("the function returns", "a list of names in order")
+    one, two = (ids.tolist() for ids in Encoder(tiny_tokenizer).encode_batch(list(texts)))
+    before, after = [], [special.end_of_document]
+    if objective == "mlm":
+        before, after = [special.classification], [special.separator]
+    for found in (tokenizer, AutoTokenizer.from_pretrained(tmp_path / "saved")):
+        (pair,) = encode(found, texts[:1], texts[1:], [(1.0,)], 64)
+        (single,) = encode(found, texts[:1], None, [(1.0,)], 64)
+        assert single.input_ids.tolist() == [*before, *one, *(after if objective == "mlm" else [])]
+        assert pair.input_ids.tolist() == [*before, *one, *after, *two, *after]
+        assert pair.token_types.tolist() == [0] * len([*before, *one, *after]) + [1] * len([*two, *after])
+    (cut,) = encode(tokenizer, texts[:1], [texts[1] * 20], [(1.0,)], 32)
+    assert (
+        len(cut.input_ids) == 32 and cut.input_ids.tolist()[: len(one) + 1] == [*before, *one, *after][: len(one) + 1]
+    )
 
 
 def test_metrics_of_a_case_worked_by_hand():
