@@ -12,6 +12,7 @@ import os
 import shutil
 import statistics
 import sys
+import threading
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,14 +23,14 @@ if __name__ == "__main__":
 
 from data_prep import durable
 from data_prep.errors import UserError, nearest
-from pipeline.startup import Interruption, World, leave, set_environment
+from pipeline.interruption import EXIT_INTERRUPTED, Interruption, follow_launcher
+from pipeline.startup import World, hold, leave, set_environment
 from pipeline.tasks.glue import TASKS, find_folder
 
 if TYPE_CHECKING:
     from pipeline.batch import BatchPlan
     from pipeline.tasks.task import Task
 
-EXIT_INTERRUPTED = 130
 RESULTS_NAME = "results.json"
 MODEL_NAME = "model"
 PREDICTIONS_NAME = "predictions"
@@ -258,20 +259,22 @@ def run_tasks(
     from pipeline.provenance import git_commit, package_versions
     from pipeline.startup import open_log
 
+    output_dir = arguments.output_dir or Path("runs") / f"finetune-{arguments.task}"
+    with world.first_alone() as first:
+        held = hold(output_dir) if first else None  # noqa: F841 - let go of at the end
     check_hosts_alike(world, {"commit": str(git_commit()), "ds_config": str(ds_config), **package_versions()})
     check_ranks(ds_config, source, device=world.device.type, world_size=world.size)
     ops.build_ops(ops.required_ops(ds_config, world.device.type), print)
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    output_dir = arguments.output_dir or Path("runs") / f"finetune-{arguments.task}"
     logger = open_log(output_dir, world.rank)
 
     results = {}
     for name in _tasks(arguments):
         settings = _settings(arguments, name, ds_config)
         folder = output_dir / name if arguments.task == "glue" else output_dir
-        finished = read_results(folder)
+        finished = _from_first(read_results(folder) if world.is_first else None)
         if finished is not None and not arguments.overwrite:
             if finished["settings"] != json.loads(json.dumps(asdict(settings))):
                 raise UserError(
@@ -473,12 +476,16 @@ def _is_due(done: int, of_epoch: int, evaluations: int) -> bool:
 
 def _evaluate(task: "Task", tuner: Any, world: World) -> dict[str, float]:
     """Metrics on the dev sets, the same on every rank."""
+    outputs = {name: tuner.predictor.outputs(samples, name) for name, samples in task.dev.items()}
+    return _from_first(task.metrics(outputs) if world.is_first else None)
+
+
+def _from_first(value: Any) -> Any:
+    """What rank 0 gives, on every rank."""
     from torch import distributed
 
-    outputs = {name: tuner.predictor.outputs(samples, name) for name, samples in task.dev.items()}
-    shared = [task.metrics(outputs) if world.is_first else None]
+    shared = [value]
     distributed.broadcast_object_list(shared, 0)
-    assert shared[0] is not None
     return shared[0]
 
 
@@ -639,15 +646,17 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> int:
     arguments = parse_arguments(argv)
-    set_environment()
+    interruption = Interruption()
+    threading.Thread(target=follow_launcher, args=(interruption, 0.0), daemon=True).start()
     try:
-        run(arguments, Interruption())
+        set_environment()
+        run(arguments, interruption)
     except UserError as error:
-        if os.environ["LOCAL_RANK"] == "0":  # every rank meets the same mistake
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # every rank meets the same mistake
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
     except KeyboardInterrupt:
-        if os.environ["RANK"] == "0":
+        if os.environ.get("RANK", "0") == "0":
             print("stopped; tasks with results are kept, the others begin anew", file=sys.stderr, flush=True)
         return EXIT_INTERRUPTED
     return 0

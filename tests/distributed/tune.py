@@ -10,7 +10,8 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).parents[2])
 
 from pipeline.finetune import parse_arguments, read_ds_config, run_tasks  # noqa: E402
-from pipeline.startup import Interruption, init_distributed, leave, set_environment  # noqa: E402
+from pipeline.interruption import Interruption  # noqa: E402
+from pipeline.startup import init_distributed, leave, set_environment  # noqa: E402
 
 if __name__ == "__main__":
     set_environment()
