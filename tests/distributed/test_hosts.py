@@ -3,13 +3,11 @@ torchrun, Slurm and Open MPI; what ends them; what is refused at their start."""
 
 import importlib.metadata
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import psutil
 import pytest
 
 from tests.distributed.hosts import Host, skip_without_namespaces, two_hosts
@@ -65,11 +63,6 @@ class Run:
 
     def is_over(self) -> bool:
         return self._process.poll() is not None
-
-    def interrupt(self) -> None:
-        """As Ctrl-C at the terminal of the `deepspeed` command does."""
-        (deepspeed,) = psutil.Process(self._process.pid).children()  # of nsenter, which has no way to pass it on
-        deepspeed.send_signal(signal.SIGINT)
 
     def output(self) -> str:
         return self._output.read_text()
@@ -137,24 +130,32 @@ def test_torchrun_on_each_host_is_the_same_run(hosts, on_one_host, tmp_path):
     assert numbers(tmp_path / "run") == numbers(expected)
 
 
-def test_tasks_of_srun_are_the_same_run_and_one_host_of_two_is_refused(hosts, on_one_host, tmp_path):
-    """A batch job of a real Slurm whose script first forgets `srun`."""
+def test_tasks_of_srun_are_the_same_run_and_end_on_a_signal_and_one_host_of_two_is_refused(
+    hosts, on_one_host, tmp_path
+):
+    """A batch job of a real Slurm whose script first forgets `srun`, and which is told that its time is over."""
     recipe, expected = on_one_host
     environment = start_slurm(hosts, tmp_path)
-    flags = f"pipeline/pretrain.py --deepspeed_config {FP32} --recipe {recipe} --output_dir {tmp_path / 'run'}"
-    script, output = tmp_path / "job.sh", tmp_path / "output"
+    run, alone, script, output = (tmp_path / name for name in ("run", "alone", "job.sh", "output"))
+    flags = f"pipeline/pretrain.py --deepspeed_config {FP32} --recipe {recipe} --training.max_steps 4000"
     script.write_text(
         "#!/bin/sh\nexport OMP_NUM_THREADS=1\n"
-        f"{sys.executable} {flags} --output_dir {tmp_path / 'alone'} && exit 99\n"
-        f"exec srun {sys.executable} {flags}\n"
+        f"{sys.executable} {flags} --output_dir {alone} && exit 99\n"
+        f"srun {sys.executable} {flags} --output_dir {run}\n"
     )
     job = ("sbatch", "--wait", "--nodes=2", "--ntasks-per-node=1", f"--output={output}", script)
-    done = subprocess.run(hosts[0].command(*job), env=environment, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr + output.read_text()
-    assert "error: Slurm has given this job 2 hosts, but 1 host with 1 rank in all would train" in output.read_text()
-    assert not (tmp_path / "alone").exists()
-    assert "2 x cpu, 1 threads each on 2 hosts" in output.read_text()
-    assert numbers(tmp_path / "run") == numbers(expected)
+    process = subprocess.Popen(hosts[0].command(*job), env=environment)
+    wait_until(lambda: (run / "checkpoints" / "step-00000004").exists() or process.poll() is not None)
+    # As `--signal=USR1@300` does five minutes before the end.
+    subprocess.run(hosts[0].command("scancel", "--signal=USR1", "--user=root"), env=environment, check=True)
+    assert process.wait(timeout=300) == 75, output.read_text()
+    said = output.read_text()
+    assert "error: Slurm has given this job 2 hosts, but 1 host with 1 rank in all would train" in said
+    assert not alone.exists()
+    assert "2 x cpu, 1 threads each on 2 hosts" in said and "the same command goes on" in said
+    found = numbers(run)
+    assert found[:4] == numbers(expected)
+    assert (run / "checkpoints" / f"step-{len(found):08d}").exists(), "saved where it ended"
 
 
 def test_ranks_of_mpirun_are_the_same_run(hosts, on_one_host, tmp_path):
@@ -173,15 +174,17 @@ def test_ranks_of_mpirun_are_the_same_run(hosts, on_one_host, tmp_path):
 def test_a_cut_wire_ends_the_run_and_the_host_that_is_left_goes_on(hosts, on_one_host, tmp_path):
     recipe, expected = on_one_host
     run = tmp_path / "run"
-    arguments = ("--recipe", recipe, "--output_dir", run)
+    arguments = ("--recipe", recipe, "--output_dir", run, "--faults.hang_seconds", 10)
     with Run(hosts, tmp_path, BOTH, *arguments, "--training.max_steps", 4000) as process:
         wait_until(lambda: (run / "checkpoints" / "step-00000002").exists() or process.is_over())
         assert not process.is_over(), process.output()
         with hosts[1].wire_cut():
-            wait_until(lambda: "pdsh@node-1-itself: node-2: ssh exited with exit code 255" in process.output())
-            process.interrupt()
             assert process.status() != 0
-    assert not list((run / "checkpoints").glob("*.partial*"))
+            # On the other side of the cut as well.
+            wait_until(lambda: not any("pretrain.py" in host.run("ps", "-A", "-o", "args") for host in hosts))
+    assert "pdsh@node-1-itself: node-2: ssh exited with exit code 255" in process.output()
+    (said,) = [line for line in process.output().splitlines() if "error: no progress for" in line]
+    assert said.startswith("node-1: ") and "rank 1 did not answer: stopped, or the machine is gone" in said
 
     done = max(int(folder.name.removeprefix("step-")) for folder in (run / "checkpoints").glob("step-*"))
     with Run(hosts, tmp_path, {"node-1": 2}, *arguments, "--training.max_steps", done + 2) as process:
