@@ -3,12 +3,15 @@
 Every output of the project is written under a temporary name in the folder of its final one, fsynced, and
 renamed; then the folder itself is fsynced, so that the new name survives a power cut as well (rename(2) is
 atomic, but only an fsync of the directory makes it durable).
+
+Bytes and names pass through functions of `os` alone, where the tests' double (tests/data_prep/faults.py) meets them.
 """
 
 import contextlib
 import errno
 import functools
 import hashlib
+import io
 import json
 import os
 import re
@@ -18,10 +21,14 @@ import socket
 import time
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 TEMPORARY_SUFFIX = ".partial"
 _CHUNK_BYTES = 1 << 20
+_BUFFER_BYTES = 1 << 17
 _OWNED = re.compile(r"\.(?P<host>\w+)-(?P<pid>\d+)-[0-9a-f]+" + re.escape(TEMPORARY_SUFFIX))
 _ABANDONED_SECONDS = 86_400.0
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)  # a file system without hard links
@@ -91,6 +98,85 @@ def fsync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+class _NewFile(io.RawIOBase):
+    """An empty file at `path`, written through os.write; whole buffers come from the BufferedWriter around it."""
+
+    def __init__(self, path: Path) -> None:
+        self.name = str(path)
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+
+    def writable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self._descriptor
+
+    def write(self, data: "ReadableBuffer") -> int:
+        return os.write(self._descriptor, data)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return os.lseek(self._descriptor, offset, whence)
+
+    def truncate(self, size: int | None = None) -> int:
+        size = self.tell() if size is None else size
+        os.ftruncate(self._descriptor, size)
+        return size
+
+    def close(self) -> None:
+        if not self.closed:
+            super().close()
+            os.close(self._descriptor)
+
+
+def _open_new(path: Path) -> BinaryIO:
+    return cast(BinaryIO, io.BufferedWriter(_NewFile(path), _BUFFER_BYTES))
+
+
+class DigestingFile:
+    """What is written to `file` is counted and digested on its way; for writers that only append.
+
+    bytes: written so far. sha256: of them, in hexadecimal.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._digest, self.bytes = file, hashlib.sha256(), 0
+
+    def write(self, data: "ReadableBuffer") -> int:
+        view = memoryview(data).cast("B")
+        self._digest.update(view)
+        self._file.write(view)
+        self.bytes += len(view)
+        return len(view)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    @property
+    def sha256(self) -> str:
+        return self._digest.hexdigest()
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[DigestingFile]:
+    """Yields a new file at `path` itself, fsynced at the end: for folders that get their final name as a whole.
+
+    Its name is durable once the folder is fsynced (`commit_folder`). On an exception what was written stays there.
+    """
+    file = _open_new(path)
+    try:
+        yield DigestingFile(file)
+        file.flush()
+        os.fsync(file.fileno())
+    except BaseException:
+        with contextlib.suppress(OSError):  # the buffer may hold what could not be written
+            file.close()
+        raise
+    file.close()
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """Yields a binary file that takes the name `path`, whole, when the block ends without an exception.
@@ -101,7 +187,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(path)
     try:
-        with open(temporary, "wb") as file:
+        with _open_new(temporary) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -128,7 +214,8 @@ def create(path: Path, content: bytes) -> bool:
     """
     temporary = temporary_name(path)
     try:
-        temporary.write_bytes(content)
+        with _open_new(temporary) as file:
+            file.write(content)
         os.link(temporary, path)  # atomic on NFS too
     except FileExistsError:
         return False
@@ -187,20 +274,49 @@ def replacing_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]
 
 
 def commit_folder(temporary: Path, folder: Path) -> None:
-    """Fsyncs every file and folder below `temporary`, then renames it to `folder` (absent or empty)."""
-    _fsync_tree(temporary)
+    """Renames `temporary` to `folder`, whose name must be free; the files in it are fsynced already, the folders here.
+
+    Raises OSError, and `folder` is not there then. (If even the way back fails, it is there and whole, but a power cut
+    may take it.)
+    """
+    for root, _, _ in os.walk(temporary, topdown=False):
+        fsync_folder(Path(root))
+    if folder.exists():  # an empty folder would be replaced without a word
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(folder))
     os.replace(temporary, folder)
-    fsync_folder(folder.parent)
+    try:
+        fsync_folder(folder.parent)
+    except OSError:
+        os.replace(folder, temporary)
+        raise
+
+
+def remove_folder(folder: Path) -> None:
+    """Removes a folder that has a final name, which it loses first: a half removed one does not pass for whole."""
+    retired = temporary_name(folder)
+    os.replace(folder, retired)
+    shutil.rmtree(retired)
+
+
+def fsync_file(path: Path) -> None:
+    """Makes a file durable that something else has written."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def rename_folder(folder: Path, name: Path) -> None:
+    """Gives a folder another name beside its old one, durably."""
+    os.replace(folder, name)
+    fsync_folder(name.parent)
 
 
 def _fsync_tree(folder: Path) -> None:
     for root, _, names in os.walk(folder, topdown=False):
         for name in names:
-            descriptor = os.open(os.path.join(root, name), os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            fsync_file(Path(root, name))
         fsync_folder(Path(root))
 
 

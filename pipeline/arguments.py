@@ -4,7 +4,7 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep.errors import UserError
+from data_prep.errors import UserError, nearest
 from pipeline import recipe as recipes
 from pipeline.profiling import parse_steps
 
@@ -25,6 +25,7 @@ class Arguments:
     recipe: Path
     output_dir: Path
     resume: str
+    allow_changed: tuple[str, ...]
     dry_run: bool
     deterministic: bool
     max_restarts: int
@@ -63,6 +64,14 @@ def _parser() -> argparse.ArgumentParser:
         metavar="auto|none|PATH",
         help="auto: go on from the newest checkpoint in --output_dir, if any; none: start anew, refuse a folder"
         " that holds checkpoints; PATH: start from that checkpoint folder (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--allow_changed",
+        nargs="+",
+        default=[],
+        metavar="FIELD",
+        help="recipe fields or sections that a run which goes on takes over although they alter its steps, such as"
+        " optimizer.lr, data.shards or data.tokenizer (default: such a change is refused)",
     )
     parser.add_argument(
         "--dry_run",
@@ -108,6 +117,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _known_fields(names: list[str]) -> list[str]:
+    fields = recipes.fields()
+    for name in names:
+        if not any(field == name or field.startswith(f"{name}.") or name.startswith(f"{field}.") for field in fields):
+            raise UserError(f"--allow_changed {name} is no field of a recipe; {nearest(name, fields)}")
+    return names
+
+
 def parse_arguments(argv: list[str]) -> Arguments:
     """Parses the command line; raises UserError for an unknown flag."""
     parsed, unknown = _parser().parse_known_args(argv)
@@ -133,6 +150,7 @@ def parse_arguments(argv: list[str]) -> Arguments:
         recipe=parsed.recipe,
         output_dir=parsed.output_dir or Path("runs") / parsed.recipe.stem,
         resume=parsed.resume,
+        allow_changed=tuple(_known_fields(parsed.allow_changed)),
         dry_run=parsed.dry_run,
         deterministic=parsed.deterministic,
         max_restarts=parsed.max_restarts,

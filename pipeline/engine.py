@@ -3,7 +3,7 @@
 import contextlib
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -113,7 +113,9 @@ class Engine:
 
     ds_config: complete (pipeline.ds_config.complete_ds_config). seed: of dropout, which is a pure function of (seed,
     step, micro-batch, rank). corpora: how many the batches come from. vocabulary: of the model without padding.
-    z_loss, label_smoothing: as in pipeline.heads.trained_loss. dtype: that attention is computed in.
+    z_loss, label_smoothing: as in pipeline.heads.trained_loss. dtype: that attention is computed in. before_update:
+    called in every step after the backward pass, before weights and optimizer states change; whoever else changes
+    them calls it first.
     """
 
     def __init__(
@@ -132,6 +134,7 @@ class Engine:
         import torch
 
         self.world = world
+        self.before_update: Callable[[], None] = lambda: None
         self._seed = seed
         self._corpora = corpora
         self.dtype = getattr(torch, TORCH_DTYPES[compute_precision(ds_config)])
@@ -181,6 +184,8 @@ class Engine:
     ) -> StepResult:
         """One optimizer step over this rank's micro-batches of step `step`.
 
+        requests: what this rank asks all ranks for; they travel with the token counts, so all act after the same step.
+
         The loss is the sum over the target tokens of all ranks and micro-batches divided by their number (and the mean
         over the pairs, where there are any), and the gradients are those of that loss: each micro-batch's sum is
         divided by the global count, and what DeepSpeed divides by once more when it averages over ranks is multiplied
@@ -225,6 +230,7 @@ class Engine:
         norm = norm_of_gradients(self.deepspeed) if self._measures_norm else None
         if norm is not None and not norm.isfinite():
             self._leave_out()
+        self.before_update()
         self.deepspeed.step()
         gathered = torch.cat((total.flatten(), flags))
         distributed.all_reduce(gathered)
@@ -279,6 +285,7 @@ class Engine:
 
     def averaged_weights(self) -> "contextlib.AbstractContextManager[None]":
         """While open, the model computes with the average of its weights (pipeline.ema); opened on every rank."""
+        self.before_update()
         return ema.averaged(self.deepspeed, self._optimizer)
 
     def own_weights(self) -> "list[torch.Tensor]":

@@ -139,7 +139,8 @@ def samples_of(step: int, sites: Iterable[Site], sizes: BatchSizes, batches: Bat
 class Judge:
     """Judges steps, on every rank alike, and on rank 0 writes down what it finds.
 
-    history: of the run up to here. losses: of its last steps. say: a line for the terminal.
+    history: of the run up to here. losses: of its last steps. last_saved: gives the step of the newest checkpoint.
+    say: a line for the terminal.
     """
 
     def __init__(
@@ -150,6 +151,7 @@ class Judge:
         *,
         losses: Iterable[float],
         first_step: int,
+        last_saved: Callable[[], int],
         sizes: BatchSizes,
         batches: BatchPlan,
         is_first: bool,
@@ -158,7 +160,7 @@ class Judge:
         self._path, self._section, self._history = output_dir / INCIDENTS_NAME, section, history
         self._spikes = Spikes(section.spike_zscore, losses)
         self._row = history.skips_before(first_step)
-        self._saved_step = first_step
+        self._last_saved = last_saved
         self._sizes, self._batches = sizes, batches
         self._is_first, self._say = is_first, say
         if is_first and self._path.exists():
@@ -168,10 +170,6 @@ class Judge:
     def left_out(self, step: int) -> bool:
         """Whether the run has left `step` out before, and does so again."""
         return step in self._history.skipped
-
-    def saved(self, step: int) -> None:
-        """A checkpoint of `step` is there."""
-        self._saved_step = step
 
     def look(self, step: int, result: StepResult) -> Action:
         """Judges step `step`, counted from 1. Raises UserError where the run is to end."""
@@ -200,7 +198,7 @@ class Judge:
         what = f"{self._row} steps in a row, up to {step}, that were left out"
         if self._section.on_skips == "rollback":
             return self._rollback(step, what)
-        self._write({"step": step, "kind": "stop", "to": self._saved_step})
+        self._write({"step": step, "kind": "stop", "to": self._last_saved()})
         raise UserError(
             f"{what}: their loss or gradients are not finite (faults.max_skips {self._section.max_skips}); see what"
             f" they were trained on with `python -m pipeline.trace --output_dir {self._path.parent} --step {step}"
@@ -209,7 +207,7 @@ class Judge:
         )
 
     def _rollback(self, step: int, why: str) -> Action:
-        to = self._saved_step
+        to = self._last_saved()
         if self._history.rollbacks[to] >= _MAX_ROLLBACKS:
             self._write({"step": step, "kind": "stop", "to": to})
             raise UserError(

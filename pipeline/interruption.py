@@ -3,7 +3,6 @@
 import os
 import signal
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -91,12 +90,6 @@ class Requests:
     def reason(self) -> str:
         """Why this rank ends, as far as it knows."""
         return self._interruption.wanted or "a request"
-
-
-def any_of(asked: Sequence[int]) -> tuple[bool, bool]:
-    """(save, stop) of what all ranks asked for."""
-    save, stop = asked
-    return save > 0, stop > 0
 
 
 _LAUNCHERS = (b"deepspeed.launcher.launch", b"torch.distributed", b"torchrun")

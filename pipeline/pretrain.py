@@ -25,7 +25,6 @@ from pipeline.interruption import (
     SUPERVISED,
     Interruption,
     Requests,
-    any_of,
     follow_launcher,
 )
 from pipeline.startup import (
@@ -83,11 +82,14 @@ def run(arguments: Arguments, timings: Timings, interruption: Interruption) -> i
         replay.check_possible(zero_stage(ds_config), world.device.type, deterministic=arguments.deterministic)
     with world.first_alone() as first:
         held = hold(output_dir) if first and not arguments.dry_run else None
-    resume_from = checkpoint.find(arguments.resume, output_dir)
+    resume_from = checkpoint.find(arguments.resume, output_dir, world)
+    changes = provenance.Changes(arguments.allow_changed, logger.warning)
     first_step = 0
     if resume_from is not None:
-        first_step = checkpoint.check_fits(resume_from, world, zero_stage(ds_config)).step
-        recipe = provenance.continue_recipe(output_dir, recipe, first_step)
+        for fault in resume_from.skipped:
+            logger.warning(f"warning: {fault}; going on from {resume_from.folder.name}")
+        first_step = resume_from.info.step
+        recipe = provenance.continue_recipe(output_dir, recipe, first_step, changes)
     if arguments.resume == "none" and world.is_first and not arguments.dry_run:
         incidents.forget(output_dir)
     history = world.from_first(incidents.read_history(output_dir) if world.is_first else None)
@@ -120,13 +122,14 @@ def run(arguments: Arguments, timings: Timings, interruption: Interruption) -> i
     data = open_data(recipe)
     check_hosts_alike(world, describe_copies(data))
     if resume_from is not None:
-        provenance.check_data(output_dir, data)
+        provenance.check_data(output_dir, data, changes)
     ops.build_ops(ops.required_ops(ds_config, world.device.type), logger.info)
     timings.finished("data")
 
     # The model, and the engine that trains it.
     from pipeline.activation_checkpointing import enable
     from pipeline.attention import describe as describe_attention
+    from pipeline.checkpointer import Checkpointer, Due
     from pipeline.costs import shape_of
     from pipeline.engine import Engine
     from pipeline.hardware import peak_flops
@@ -166,8 +169,20 @@ def run(arguments: Arguments, timings: Timings, interruption: Interruption) -> i
         z_loss=recipe.loss.z_loss,
         label_smoothing=recipe.loss.label_smoothing,
     )
+    sources = provenance.sources_of(recipe, data)
+    checkpointer = Checkpointer(
+        engine,
+        output_dir,
+        recipe.checkpoint,
+        zero_stage=zero_stage(ds_config),
+        precision=precision(ds_config),
+        sources=sources,
+        say=logger.info,
+    )
     if resume_from is not None:
-        checkpoint.load(engine.deepspeed, resume_from, world, zero_stage=zero_stage(ds_config))
+        loaded = checkpointer.load(resume_from.folder, goes_on=not arguments.dry_run)
+        rate = learning_rate(recipe, first_step - 1)
+        checkpoint.check_position(loaded, sizes.consumed(first_step), rate, sources)
         if first_step and recipe.optimizer.ema_decay is not None:
             engine.check_average()
     if recipe.has_boundaries:
@@ -200,7 +215,9 @@ def run(arguments: Arguments, timings: Timings, interruption: Interruption) -> i
         logger.info(f"skipped   samples: {passed}")
     if resume_from is not None:
         finished = "; the run is complete" if first_step >= max_steps else ""
-        logger.info(f"resumed   from {resume_from}, after step {first_step}{finished}")
+        logger.info(f"resumed   from {resume_from.folder}, after step {first_step}{finished}")
+        if not checkpointer.has_layout_of(resume_from.info):
+            logger.info(f"          written by {resume_from.info.layout}")
 
     if arguments.dry_run:
         for line in dry_run(world, engine, recipe, data, batches, output_dir, size.parameters):
@@ -223,20 +240,9 @@ def run(arguments: Arguments, timings: Timings, interruption: Interruption) -> i
             if recipe.evaluation.text_samples:
                 metrics.texts(step, engine.text_samples(data.validation, encoder, recipe.evaluation.text_samples))
 
-    def save(step: int) -> None:
+    def save(step: int, rate: float) -> None:
         watchdog.enter("checkpoint", step)
-        path = checkpoint.save(
-            engine.deepspeed,
-            output_dir,
-            world,
-            step=step,
-            samples=sizes.consumed(step),
-            zero_stage=zero_stage(ds_config),
-            precision=precision(ds_config),
-            keep=recipe.checkpoint.keep_last,
-        )
-        judge.saved(step)
-        metrics.say(f"step {step:>6}/{max_steps}  checkpoint {path}")
+        checkpointer.save(step, sizes.consumed(step), rate)
 
     def due(every_steps: int, step: int) -> bool:
         return step == max_steps or (every_steps > 0 and step % every_steps == 0)
@@ -260,6 +266,7 @@ def run(arguments: Arguments, timings: Timings, interruption: Interruption) -> i
         history,
         losses=world.from_first(losses),
         first_step=first_step,
+        last_saved=checkpointer.last_saved,
         sizes=sizes,
         batches=batches,
         is_first=world.is_first,
@@ -273,6 +280,7 @@ def run(arguments: Arguments, timings: Timings, interruption: Interruption) -> i
         max_steps,
         world.device,
     )
+    saves = Due(recipe.checkpoint, max_steps)
     profiler = Profiler(arguments.profile, output_dir, world.rank)
     peak = peak_flops(world.device_name)
     started = time.perf_counter()
@@ -296,8 +304,8 @@ def run(arguments: Arguments, timings: Timings, interruption: Interruption) -> i
             rate = learning_rate(recipe, step)
             observed = recipe.evaluation.histograms_every_steps
             before = engine.own_weights() if observed and done % observed == 0 else None
-            discard = judge.left_out(done)
-            result = engine.train_step(step, micro_batches, rate, discard=discard, requests=requests.mine())
+            discard, asked = judge.left_out(done), (*requests.mine(), saves.asks())
+            result = engine.train_step(step, micro_batches, rate, discard=discard, requests=asked)
             seconds = time.perf_counter() - began
             watchdog.worked(result.own_seconds)
             if (trace := profiler.after(done, max_steps)) is not None:
@@ -331,20 +339,24 @@ def run(arguments: Arguments, timings: Timings, interruption: Interruption) -> i
             if action == "rollback":
                 next_port = world.agreed_port()
                 break
-            save_asked, stop_asked = any_of(result.requests)
+            save_asked, stop_asked, minutes_over = (count > 0 for count in result.requests)
             if due(recipe.evaluation.every_steps, done):
                 validate(done)
-            if due(recipe.checkpoint.every_steps, done) or save_asked or stop_asked:
-                save(done)
+            if saves.at(done, save_asked or stop_asked or minutes_over):
+                save(done, rate)
             if save_asked or stop_asked:
+                checkpointer.wait()
                 requests.done()
             if stop_asked and done < max_steps:
                 metrics.say(f"step {done:>6}/{max_steps}  ended on {requests.reason()}; the same command goes on")
                 status = EXIT_SAVED
                 break
+        if next_port is None:
+            checkpointer.close()
     finally:
         watchdog.close()
         ahead.close()
+        checkpointer.settle()
         metrics.close()
     if world.is_first and not status and next_port is None:
         provenance.log_summary(

@@ -1,5 +1,6 @@
 """`run.json`: everything that a run was made of; and the summary that is printed when it is done."""
 
+import hashlib
 import importlib.metadata
 import json
 import logging
@@ -8,14 +9,16 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from data_prep import durable
-from data_prep.encoding import tokenizer_files
+from data_prep.encoding import load_tokenizer_info, tokenizer_files
 from data_prep.errors import UserError
 from data_prep.shards import ShardSet, unigram_entropy
+from pipeline.checkpoint import Sources
 from pipeline.data import Data
 from pipeline.metrics import read_validation
 from pipeline.recipe import Recipe, check_recipe
@@ -33,11 +36,24 @@ _FREE = (
     "faults.",
     "training.skip_samples",
     "data.prepare",
+    "data.tokenizer",  # its fingerprint is compared, wherever it is
     "model.init_from",
     "model.activation_checkpointing",
 )
 # Fields that may change from the step on at which a run goes on: what came before stays as it was.
 _STAGED = ("training.global_batch_size", "data.weights", "data.shards")
+# A checkpoint has no states for others.
+_FIXED = ("objective", "optimizer.type")
+
+
+def sources_of(recipe: Recipe, data: Data) -> Sources:
+    """What checkpoints say they come from."""
+    content = json.dumps(json.loads(recipe.model_dump_json()), sort_keys=True)
+    return Sources(
+        recipe=hashlib.sha256(content.encode()).hexdigest(),
+        tokenizer=data.tokenizer.fingerprint,
+        corpora={corpus.name: corpus.shards.fingerprint for corpus in data.corpora},
+    )
 
 
 def git_commit() -> str | None:
@@ -62,7 +78,35 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     return {prefix.removesuffix("."): value}
 
 
-def continue_recipe(output_dir: Path, recipe: Recipe, step: int) -> Recipe:
+@dataclass(frozen=True)
+class Changes:
+    """What may be otherwise when a run goes on (`--allow_changed`: fields or sections), and where that is said."""
+
+    allowed: tuple[str, ...] = ()
+    say: Callable[[str], None] = print
+
+    def check(self, output_dir: Path, changed: Mapping[str, str]) -> None:
+        """Raises UserError unless all are allowed. changed: field -> what it was and is."""
+        refused = {field: what for field, what in changed.items() if not self._allows(field)}
+        if refused:
+            fields = " ".join(sorted(refused))
+            fixed = [field for field in refused if field in _FIXED]
+            way_out = "" if fixed else f", or take them over from here on with --allow_changed {fields}"
+            raise UserError(
+                f"{output_dir} cannot be resumed as another run: {'; '.join(refused.values())}; give another"
+                f" --output_dir, change it back{way_out}"
+            )
+        for what in changed.values():
+            self.say(f"changed   {what}")
+
+    def _allows(self, field: str) -> bool:
+        return field not in _FIXED and any(field == name or field.startswith(f"{name}.") for name in self.allowed)
+
+
+NO_CHANGES = Changes()
+
+
+def continue_recipe(output_dir: Path, recipe: Recipe, step: int, changes: Changes) -> Recipe:
     """The recipe of a run that goes on after `step` steps: batch sizes are as they were up to there, and the recipe's
     from there on.
 
@@ -72,12 +116,12 @@ def continue_recipe(output_dir: Path, recipe: Recipe, step: int) -> Recipe:
     if before is None:
         return recipe
     old, new = _flat(before["recipe"]), _flat(json.loads(recipe.model_dump_json()))
-    changed = [
-        f"{name} was {old.get(name)!r}, now {new.get(name)!r}"
+    changed = {
+        name: f"{name} was {old.get(name)!r}, now {new.get(name)!r}"
         for name in sorted({*old, *new})
         if old.get(name) != new.get(name) and not name.startswith((*_FREE, *_STAGED))
-    ]
-    _refuse(output_dir, changed)
+    }
+    changes.check(output_dir, changed)
     earlier = check_recipe(before["recipe"], str(output_dir / RUN_NAME))
     sizes = continued(earlier.training.batch_sizes.stages, recipe.training.batch_sizes.stages, step)
     later = {start: count for start, count in (recipe.training.skip_samples or {}).items() if start >= step}
@@ -99,20 +143,23 @@ def continue_weights(output_dir: Path, recipe: Recipe, step: int) -> Recipe:
     return recipe.model_copy(update={"data": recipe.data.model_copy(update={"weights": weights})})
 
 
-def check_data(output_dir: Path, data: Data) -> None:
-    """Raises UserError when the corpora of a run that goes on are not those of its start; others may have joined."""
+def check_data(output_dir: Path, data: Data, changes: Changes = NO_CHANGES) -> None:
+    """Raises UserError when tokenizer or corpora of a run that goes on are not those of its start; other corpora may
+    have joined."""
     before = _before(output_dir)
     if before is None:
         return
     now = {corpus.name: corpus.shards.fingerprint for corpus in data.corpora}
-    _refuse(
-        output_dir,
-        [
-            f"the shards' fingerprint of {name} was {fingerprint!r}, now {now.get(name)!r}"
-            for name, fingerprint in before["corpora"].items()
-            if now.get(name) != fingerprint
-        ],
-    )
+    was, found = before.get("tokenizer_fingerprint"), data.tokenizer.fingerprint
+    changed = {} if was == found else {"data.tokenizer": f"the tokenizer's fingerprint was {was!r}, now {found!r}"}
+    different = [
+        f"the shards' fingerprint of {name} was {fingerprint!r}, now {now.get(name)!r}"
+        for name, fingerprint in before["corpora"].items()
+        if now.get(name) != fingerprint
+    ]
+    if different:
+        changed["data.shards"] = "; ".join(different)
+    changes.check(output_dir, changed)
 
 
 def _before(output_dir: Path) -> dict[str, Any] | None:
@@ -125,21 +172,13 @@ def _before(output_dir: Path) -> dict[str, Any] | None:
     return found
 
 
-def _refuse(output_dir: Path, changed: list[str]) -> None:
-    if changed:
-        raise UserError(
-            f"{output_dir} cannot be resumed as another run: {'; '.join(changed)}; give another --output_dir or change"
-            " it back"
-        )
-
-
 def record_run(
     output_dir: Path, recipe: Recipe, ds_config: dict[str, Any], data: Data, model_config: dict[str, Any]
 ) -> None:
     """Writes `run.json`, and a copy of the tokenizer beside it: a run's folder is enough to export from."""
     target = output_dir / TOKENIZER_FOLDER
-    if not target.exists():
-        with durable.replacing_folder(target) as temporary:
+    if not target.exists() or load_tokenizer_info(target).fingerprint != data.tokenizer.fingerprint:
+        with durable.replacing_folder(target, overwrite=True) as temporary:
             for path in tokenizer_files(data.tokenizer.folder):
                 shutil.copyfile(path, temporary / path.name)
     durable.write_json(

@@ -278,8 +278,12 @@ class EvaluationSection(_Section):
 
 
 class CheckpointSection(_Section):
-    every_steps: int = Field(1000, ge=0, description="steps between checkpoints; 0: only at the end")
-    keep_last: Positive = Field(3, description="checkpoints that are kept")
+    every_steps: int = Field(1000, ge=0, description="steps between checkpoints; 0: none by steps, only at the end")
+    every_minutes: float | None = Field(None, gt=0, description="minutes between checkpoints, beside every_steps")
+    keep_last: Positive = Field(3, description="newest checkpoints that are kept")
+    keep_every: Positive | None = Field(None, description="checkpoints of every such step are kept as well, for good")
+    background: bool = Field(True, description="write beside training, from a copy in host memory")
+    max_failures: Positive = Field(3, description="failed checkpoints (a full disk) in a row that end the run")
 
 
 class FaultsSection(_Section):

@@ -176,6 +176,14 @@ class World:
         torch.distributed.broadcast_object_list(holder, 0, device=self.device)
         return holder[0]
 
+    def gather(self, value: Any) -> list[Any]:
+        """What every rank gave, by rank; called on all of them."""
+        from torch import distributed
+
+        gathered: list[Any] = [None] * self.size
+        distributed.all_gather_object(gathered, value)
+        return gathered
+
     def close(self) -> None:
         """Ends the process group on every rank together."""
         import deepspeed.comm

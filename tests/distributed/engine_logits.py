@@ -10,7 +10,8 @@ import json  # noqa: E402
 import torch  # noqa: E402
 
 from pipeline import checkpoint  # noqa: E402
-from pipeline.ds_config import zero_stage  # noqa: E402
+from pipeline.checkpointer import Checkpointer  # noqa: E402
+from pipeline.ds_config import precision, zero_stage  # noqa: E402
 from pipeline.engine import Engine  # noqa: E402
 from pipeline.model import build_model  # noqa: E402
 from pipeline.recipe import check_recipe  # noqa: E402
@@ -32,7 +33,16 @@ def main() -> None:
     pad_vocabulary(model, recipe.model.pad_vocab_to_multiple_of)
     engine = Engine(model, recipe.optimizer, run["deepspeed_config"], world, 0)
     folder = checkpoint.list_checkpoints(run_dir)[-1]
-    checkpoint.load(engine.deepspeed, folder, world, zero_stage=zero_stage(run["deepspeed_config"]))
+    checkpointer = Checkpointer(
+        engine,
+        run_dir,
+        recipe.checkpoint,
+        zero_stage=zero_stage(run["deepspeed_config"]),
+        precision=precision(run["deepspeed_config"]),
+        sources=checkpoint.read_info(folder).sources,
+        say=print,
+    )
+    checkpointer.load(folder)
     engine.deepspeed.eval()
     with torch.no_grad():
         logits = engine.deepspeed(input_ids=torch.arange(96).view(3, 32)).logits

@@ -70,7 +70,8 @@ def launch(
         str(script),
         *map(str, arguments),
     ]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    places = [str(ROOT), os.environ.get("PYTHONPATH")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, places))}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     finished = Finished(done.returncode, done.stdout, done.stderr)
     if check and done.returncode:

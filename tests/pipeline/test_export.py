@@ -6,7 +6,6 @@ import pickle
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -67,10 +66,9 @@ def made_run(folder, objective, shards, tokenizer, *, zero_stage=0, precision="b
     step.mkdir(parents=True)
     (write_zero_3 if zero_stage == 3 else write_whole)(step, built, ranks)
     files = {path.name: FileRecord.of(path) for path in step.iterdir()}
-    durable.write_json(
-        step / checkpoint.MANIFEST_NAME,
-        asdict(checkpoint.CheckpointInfo(4, 32, ranks, zero_stage, precision, files)),
-    )
+    sources = checkpoint.Sources("", info.fingerprint, {})
+    made = checkpoint.CheckpointInfo(4, 32, 1e-3, ranks, zero_stage, precision, sources, (), files)
+    (step / checkpoint.MANIFEST_NAME).write_bytes(checkpoint.manifest_bytes(made))
     shutil.copytree(tokenizer, folder / "tokenizer")
     prepare_plan(ShardSet.open(shards), checked.pack_settings)
     durable.write_json(

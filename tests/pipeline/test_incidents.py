@@ -23,15 +23,16 @@ BAD = result(math.nan, applied=False, sites=(Site(1, 0),))
 
 @pytest.fixture
 def judge(tmp_path):
-    """judge(losses=..., first_step=..., **faults) -> a judge of the run in tmp_path, as a start of it makes one."""
+    """judge(losses=..., saved=..., **faults) -> a judge of the run in tmp_path, as a start of it makes one."""
 
-    def make(*, losses=(), first_step=0, sizes=None, **faults):
+    def make(*, losses=(), first_step=0, saved=None, sizes=None, **faults):
         return Judge(
             tmp_path,
             FaultsSection(**faults),
             read_history(tmp_path),
             losses=losses,
             first_step=first_step,
+            last_saved=lambda: first_step if saved is None else saved,
             sizes=sizes or BatchSizes({0: 8}),
             batches=BatchPlan(8, 2, 2, 2),
             is_first=True,
@@ -94,10 +95,9 @@ def test_a_resumed_run_leaves_the_same_steps_out_and_counts_on(judge, tmp_path):
 
 
 def test_after_a_stop_the_steps_since_the_checkpoint_are_decided_anew(judge, tmp_path):
-    one = judge(max_skips=2)
+    one = judge(max_skips=2, saved=2)
     one.look(1, BAD)
     one.look(2, result())
-    one.saved(2)
     one.look(3, BAD)
     with pytest.raises(UserError):
         one.look(4, BAD)
@@ -105,8 +105,7 @@ def test_after_a_stop_the_steps_since_the_checkpoint_are_decided_anew(judge, tmp
 
 
 def test_a_rollback_passes_over_the_samples_since_the_checkpoint_each_time_more(judge, tmp_path):
-    one = judge(max_skips=2, on_skips="rollback")
-    one.saved(10)
+    one = judge(max_skips=2, on_skips="rollback", saved=10)
     assert one.look(11, BAD) == "go_on" and one.look(12, BAD) == "rollback"
     history = read_history(tmp_path)
     assert history.skip_samples == {10: 16} and history.skipped == set() and history.skips_before(10) == 0
