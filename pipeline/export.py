@@ -11,7 +11,9 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
 
 from data_prep import durable
 from data_prep.encoding import Encoder, load_tokenizer_info, tokenizer_files
@@ -23,6 +25,7 @@ from pipeline.metrics import read_validation
 from pipeline.model import auto_class, longest_input
 from pipeline.provenance import RUN_NAME, TOKENIZER_FOLDER, read_run
 from pipeline.recipe import Recipe, check_recipe
+from pipeline.text_lines import bar
 from pipeline.vocabulary import strip_padding
 
 if TYPE_CHECKING:
@@ -37,6 +40,7 @@ examples:
   python -m pipeline.export --checkpoint runs/demo-gpt/checkpoints/step-00000100 --output_dir step100 --dtype fp32
 """
 
+_STAGES = 3
 SHARD_SIZE = "5GB"
 """Larger models are written as several files of at most this size, as the hub's are."""
 
@@ -115,7 +119,6 @@ def export(
         raise UserError(f"--overwrite: {output_dir} is no exported model (it has no config.json); remove it yourself")
     run_dir, folder = find_checkpoint(checkpoint_dir)
     run, info = read_run(run_dir), checkpoint.read_info(folder)
-    checkpoint.verify(folder, info)
     recipe = check_recipe(run["recipe"], str(run_dir / RUN_NAME))
     values = dict(run["model_config"])
     config = AutoConfig.for_model(values.pop("model_type"), **values)
@@ -132,16 +135,28 @@ def export(
         return model_weights(folder, info.zero_stage, model, recipe, averaged=averaged)
 
     try:
-        with durable.replacing_folder(output_dir, overwrite=overwrite) as temporary:
+        with (
+            durable.replacing_folder(output_dir, overwrite=overwrite) as temporary,
+            bar("export: checksums", "stage", _STAGES) as stages,
+        ):
+            checkpoint.verify(folder, info)
+            _next(stages, "weights")
             write_model(temporary, model, weights_in(written), recipe.objective)
             write_tokenizer(run_dir / TOKENIZER_FOLDER, temporary, recipe.objective, longest_input(config))
             card = model_card(run, recipe, info.step, info.samples, losses, info.precision)
             durable.write_bytes(temporary / "README.md", card.encode())
+            _next(stages, "comparison")
             passed = pass_gate(temporary, run_dir, config, recipe, weights_in(compared), compared)
+            _next(stages, "done")
     except FileExistsError:
         raise UserError(f"--output_dir {output_dir} is not empty; give another folder or --overwrite") from None
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return Exported(folder, parameters, written, losses[-1] if losses else None, passed)
+
+
+def _next(stages: "tqdm[Any]", name: str) -> None:
+    stages.set_description(f"export: {name}", refresh=False)
+    stages.update()
 
 
 def model_weights(
