@@ -419,7 +419,7 @@ def fine_tune(
                 done = step + 1
                 epoch = done / steps.of_epoch
                 records.step(done, epoch, loss=result.loss, learning_rate=rate, grad_norm=result.grad_norm)
-                if not _is_due(done, steps.of_epoch, settings.evaluations_per_epoch):
+                if not steps.end_part(done, settings.evaluations_per_epoch):
                     continue
                 found = _evaluate(task, tuner, world)
                 records.evaluation(done, epoch, found)
@@ -466,12 +466,6 @@ def _build_model(task: "Task", folder: Path, tokenizer: Any, seed: int) -> Any:
             raise UserError(
                 f"--model {folder} is a {config.model_type}, for which transformers has no {task.model_class}"
             ) from None
-
-
-def _is_due(done: int, of_epoch: int, evaluations: int) -> bool:
-    """Whether an evaluation follows `done` steps: at the end of each of an epoch's `evaluations` equal parts."""
-    place = (done - 1) % of_epoch + 1
-    return place * evaluations // of_epoch > (place - 1) * evaluations // of_epoch
 
 
 def _evaluate(task: "Task", tuner: Any, world: World) -> dict[str, float]:

@@ -47,6 +47,11 @@ class Steps:
             return peak * (step + 1) / warmup
         return peak * (self.total - step) / max(1, self.total - warmup)
 
+    def end_part(self, done: int, parts: int) -> bool:
+        """Whether one of an epoch's equal `parts` ends after `done` steps."""
+        place = (done - 1) % self.of_epoch + 1
+        return place * parts // self.of_epoch > (place - 1) * parts // self.of_epoch
+
     def numbers(self, step: int, seed: int) -> NDArray[np.int64]:
         """The samples of a step [batch or fewer]: each comes once an epoch; the last step of one has the rest."""
         epoch, place = divmod(step, self.of_epoch)

@@ -7,7 +7,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import get_linear_schedule_with_warmup
 
-from pipeline.finetune import _is_due
 from pipeline.tuning import Steps
 
 
@@ -50,4 +49,5 @@ def test_learning_rates_are_those_of_transformers_linear_schedule():
     [(15, 1, [15, 30]), (15, 2, [8, 15, 23, 30]), (4, 4, [1, 2, 3, 4, 5, 6, 7, 8]), (2, 5, [1, 2, 3, 4])],
 )
 def test_evaluations_divide_an_epoch(of_epoch, evaluations, expected):
-    assert [done for done in range(1, 2 * of_epoch + 1) if _is_due(done, of_epoch, evaluations)] == expected
+    steps = Steps(of_epoch * 8, 8, 2, 0.1)
+    assert [done for done in range(1, steps.total + 1) if steps.end_part(done, evaluations)] == expected
