@@ -196,15 +196,15 @@ def test_a_cut_wire_ends_the_run_and_the_host_that_is_left_goes_on(hosts, on_one
 
 
 def test_hosts_with_different_packages_are_named(hosts, on_one_host, tmp_path):
-    """node-2 has another version of tokenizers, by its own metadata."""
+    """node-2 has a later version of sentencepiece, by its own metadata."""
     recipe, _ = on_one_host
-    version = importlib.metadata.version("tokenizers")
+    version = importlib.metadata.version("sentencepiece")
     (metadata,) = (
         path.locate()
-        for path in importlib.metadata.files("tokenizers")
-        if path.match("tokenizers-*.dist-info/METADATA")
+        for path in importlib.metadata.files("sentencepiece")
+        if path.match("sentencepiece-*.dist-info/METADATA")
     )
-    (tmp_path / "METADATA").write_text(Path(metadata).read_text().replace(f"Version: {version}\n", "Version: 0.0.1\n"))
+    (tmp_path / "METADATA").write_text(Path(metadata).read_text().replace(f"Version: {version}\n", "Version: 99.0.0\n"))
     run = tmp_path / "run"
     hosts[1].run("mount", "--bind", tmp_path / "METADATA", metadata)
     try:
@@ -213,7 +213,7 @@ def test_hosts_with_different_packages_are_named(hosts, on_one_host, tmp_path):
     finally:
         hosts[1].run("umount", metadata)
     output = process.output()
-    said = f"error: node-2-itself has tokenizers 0.0.1, node-1-itself has {version}: bring the hosts to one commit"
+    said = f"error: node-2-itself has sentencepiece 99.0.0, node-1-itself has {version}: bring the hosts to one commit"
     assert [line for line in output.splitlines() if "error: " in line and said in line], output
     assert not (run / "metrics.jsonl").exists()
 
