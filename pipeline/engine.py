@@ -112,10 +112,10 @@ class Engine:
     """A DeepSpeed engine that takes whole optimizer steps.
 
     ds_config: complete (pipeline.ds_config.complete_ds_config). seed: of dropout, which is a pure function of (seed,
-    step, micro-batch, rank). corpora: how many the batches come from. vocabulary: of the model without padding.
-    z_loss, label_smoothing: as in pipeline.heads.trained_loss. dtype: that attention is computed in. before_update:
-    called in every step after the backward pass, before weights and optimizer states change; whoever else changes
-    them calls it first.
+    step, number of the micro-batch in the global batch). corpora: how many the batches come from. vocabulary: of the
+    model without padding. z_loss, label_smoothing: as in pipeline.heads.trained_loss. dtype: that attention is computed
+    in. before_update: called in every step after the backward pass, before weights and optimizer states change; whoever
+    else changes them calls it first.
     """
 
     def __init__(
@@ -251,7 +251,7 @@ class Engine:
     def _seed_dropout(self, step: int, index: int) -> None:
         import torch
 
-        torch.manual_seed(seed_of(_DROPOUT, self._seed, step, index, self.world.rank))
+        torch.manual_seed(seed_of(_DROPOUT, self._seed, step, index * self.world.size + self.world.rank))
 
     def local_gradients(self, step: int, index: int, batch: DeviceBatch) -> "list[torch.Tensor]":
         """This rank's gradients of micro-batch `index` of step `step`, not reduced; nothing is changed.

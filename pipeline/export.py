@@ -25,6 +25,7 @@ from pipeline.metrics import read_validation
 from pipeline.model import auto_class, longest_input
 from pipeline.provenance import RUN_NAME, TOKENIZER_FOLDER, read_run
 from pipeline.recipe import Recipe, check_recipe
+from pipeline.startup import silence_accelerator_notice
 from pipeline.text_lines import bar
 from pipeline.vocabulary import strip_padding
 
@@ -115,6 +116,7 @@ def export(
     from pipeline.model_card import model_card
 
     logging.disable_progress_bar()
+    silence_accelerator_notice()  # transformers imports DeepSpeed where accelerate is installed
     if overwrite and output_dir.exists() and not (output_dir / "config.json").exists():
         raise UserError(f"--overwrite: {output_dir} is no exported model (it has no config.json); remove it yourself")
     run_dir, folder = find_checkpoint(checkpoint_dir)

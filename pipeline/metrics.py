@@ -97,7 +97,7 @@ class Metrics:
             return
         self._steady += step_seconds
         measured, remaining = step - self._first_step - 1, self._max_steps - step
-        if measured == _MEASURED_STEPS and remaining > 0:
+        if measured == _MEASURED_STEPS and remaining >= _MEASURED_STEPS:
             seconds = self._steady / measured
             self.say(
                 f"speed     {tokens_per_second * step_seconds / seconds:,.0f} tokens/s, {seconds:.3g} s a step over"

@@ -8,7 +8,6 @@ import sys
 import threading
 import time
 import traceback
-from functools import partial
 from pathlib import Path
 
 # The launcher runs this file as a script, which puts its own folder on the path, where our `export.py` and others
@@ -21,10 +20,8 @@ from pipeline.arguments import Arguments, parse_arguments
 from pipeline.interruption import (
     EXIT_CRASHED,
     EXIT_INTERRUPTED,
-    EXIT_SAVED,
     SUPERVISED,
     Interruption,
-    Requests,
     follow_launcher,
 )
 from pipeline.startup import (
@@ -54,20 +51,15 @@ def run(arguments: Arguments, timings: Timings, interruption: Interruption) -> i
     check_versions()
     recipe, ds_config = resolve(arguments.recipe, arguments.overrides, arguments.deepspeed_config)
 
-    from data_prep.encoding import Encoder
     from pipeline import checkpoint, incidents, ops, provenance, replay
     from pipeline.activation_checkpointing import check_stage
     from pipeline.batch import plan_batches
     from pipeline.data import is_missing, open_data, plan_samples, prepare, resolve_weights, wait_for_shards
     from pipeline.ds_config import check_ranks, complete_ds_config, describe, precision, zero_stage
     from pipeline.launchers import check_hosts_asked_for, runner_arguments
-    from pipeline.loader import Ahead, step_batches, validation_batches
-    from pipeline.metrics import Metrics, recent_losses
     from pipeline.preflight import check_hosts_alike, check_output_shared, describe_copies, describe_host, dry_run
-    from pipeline.profiling import Profiler
-    from pipeline.report import describe_data, hyperparameters, step_values, validation_values
+    from pipeline.report import describe_batches, describe_data, hyperparameters
     from pipeline.startup import init_distributed, open_log
-    from pipeline.watchdog import Watchdog
 
     if arguments.deterministic:
         use_deterministic_algorithms()
@@ -129,10 +121,9 @@ def run(arguments: Arguments, timings: Timings, interruption: Interruption) -> i
     # The model, and the engine that trains it.
     from pipeline.activation_checkpointing import enable
     from pipeline.attention import describe as describe_attention
-    from pipeline.checkpointer import Checkpointer, Due
+    from pipeline.checkpointer import Checkpointer
     from pipeline.costs import shape_of
     from pipeline.engine import Engine
-    from pipeline.hardware import peak_flops
     from pipeline.model import build_model, make_model_config, measure_model
     from pipeline.plan import expectations
     from pipeline.schedule import learning_rate
@@ -156,7 +147,6 @@ def run(arguments: Arguments, timings: Timings, interruption: Interruption) -> i
             install(model), curriculum.token_drop_start, curriculum.token_drop_steps, curriculum.token_drop_multiple
         )
     enable(model, recipe.model.activation_checkpointing)
-    shape = shape_of(model, model.config, size.flops_a_token)
     timings.finished("model")
     engine = Engine(
         model,
@@ -193,28 +183,27 @@ def run(arguments: Arguments, timings: Timings, interruption: Interruption) -> i
     timings.finished("engine")
 
     # What is about to run, in words.
-    max_steps, sequence_length = recipe.max_steps, recipe.data.sequence_length
-    logger.info(f"model     {model_config.model_type}, {size.parameters / 1e6:,.1f} M parameters, {recipe.objective}")
-    for line in describe_data(data, sizes.first_sample(max_steps)):
-        logger.info(f"data      {line}")
-    for note in data.notes:
-        logger.info(f"data      {note}")
-    ramp = "".join(f", {size} from step {start + 1}" for start, size in sorted(sizes.stages.items()) if start)
-    logger.info(f"batch     {batches}, {batches.global_batch_size * sequence_length:,} tokens a step{ramp}")
-    attention = f", {describe_attention(world.device, engine.dtype, model_config)}" if recipe.has_boundaries else ""
+    model_type, in_words = model_config.model_type, describe(ds_config, recipe.optimizer.type)
     on = f"{world.describe()} on {hosts} hosts" if hosts > 1 else world.describe()
-    logger.info(f"engine    {describe(ds_config, recipe.optimizer.type)} on {on}{attention}")
-    local_ranks = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    for line in expectations(
-        shape, recipe, ds_config, batches, device_name=world.device_name, gpus_per_node=local_ranks
+    attention = f", {describe_attention(world.device, engine.dtype, model_config)}" if recipe.has_boundaries else ""
+    for line in (
+        f"model     {model_type}, {size.parameters / 1e6:,.1f} M parameters, {recipe.objective}",
+        *describe_data(data, sizes.first_sample(recipe.max_steps)),
+        *describe_batches(recipe, batches),
+        f"engine    {in_words} on {on}{attention}",
+        *expectations(
+            shape_of(model, model.config, size.flops_a_token),
+            recipe,
+            ds_config,
+            batches,
+            device_name=world.device_name,
+            gpus_per_node=int(os.environ["LOCAL_SIZE"]),
+        ),
+        f"run       {output_dir}, {recipe.max_steps:,} steps",
     ):
         logger.info(line)
-    logger.info(f"run       {output_dir}, {max_steps:,} steps")
-    if sizes.left_out:
-        passed = ", ".join(f"{count:,} before step {step + 1}" for step, count in sorted(sizes.left_out.items()))
-        logger.info(f"skipped   samples: {passed}")
     if resume_from is not None:
-        finished = "; the run is complete" if first_step >= max_steps else ""
+        finished = "; the run is complete" if first_step >= recipe.max_steps else ""
         logger.info(f"resumed   from {resume_from.folder}, after step {first_step}{finished}")
         if not checkpointer.has_layout_of(resume_from.info):
             logger.info(f"          written by {resume_from.info.layout}")
@@ -227,147 +216,40 @@ def run(arguments: Arguments, timings: Timings, interruption: Interruption) -> i
         return 0
 
     # The steps.
-    def validate(step: int) -> None:
-        if data.validation.size:
-            watchdog.enter("evaluation", step)
-            held_out = partial(validation_batches, data.validation, recipe.evaluation.samples, batches, world.rank)
-            along = partial(watchdog.along, phase="evaluation", step=step)
-            values = validation_values(engine.evaluate(along(held_out())), data)
-            if step and recipe.optimizer.ema_decay is not None:
-                with engine.averaged_weights():
-                    values["ema_loss"] = engine.evaluate(along(held_out())).loss
-            metrics.validation(step, values)
-            if recipe.evaluation.text_samples:
-                metrics.texts(step, engine.text_samples(data.validation, encoder, recipe.evaluation.text_samples))
+    from pipeline.loop import Run, train
 
-    def save(step: int, rate: float) -> None:
-        watchdog.enter("checkpoint", step)
-        checkpointer.save(step, sizes.consumed(step), rate)
-
-    def due(every_steps: int, step: int) -> bool:
-        return step == max_steps or (every_steps > 0 and step % every_steps == 0)
-
-    metrics = Metrics(
-        output_dir,
-        first_step=first_step,
-        max_steps=max_steps,
-        enabled=world.is_first,
-        logger=logger,
-        monitor=engine.deepspeed.monitor,
-    )
-    metrics.describe(
-        hyperparameters(recipe, model_config.model_type, size.parameters, describe(ds_config, recipe.optimizer.type))
-    )
-    encoder = Encoder(data.tokenizer.folder)
-    losses = recent_losses(output_dir, first_step, 2 * incidents.WINDOW) if world.is_first else None
-    judge = incidents.Judge(
-        output_dir,
-        recipe.faults,
-        history,
-        losses=world.from_first(losses),
-        first_step=first_step,
-        last_saved=checkpointer.last_saved,
-        sizes=sizes,
-        batches=batches,
-        is_first=world.is_first,
-        say=metrics.say,
-    )
-    requests = Requests(output_dir, interruption, is_first=world.is_first)
-    watchdog = Watchdog(world, recipe.faults.hang_seconds, output_dir, logger)
-    ahead = Ahead(
-        lambda step: step_batches(data.train, step, sizes, batches, world.rank, drop),
-        first_step,
-        max_steps,
-        world.device,
-    )
-    saves = Due(recipe.checkpoint, max_steps)
-    profiler = Profiler(arguments.profile, output_dir, world.rank)
-    peak = peak_flops(world.device_name)
     started = time.perf_counter()
-    status, next_port = 0, None
-    interruption.finish_steps()
-    try:
-        if first_step == 0:
-            validate(0)
-        timings.finished("evaluation")
-        for step in range(first_step, max_steps):
-            interruption.check()
-            done = step + 1
-            profiler.before(done)
-            began = time.perf_counter()
-            watchdog.enter("samples", done)
-            micro_batches, waited = ahead.next()
-            if arguments.verify_every and done % arguments.verify_every == 0:
-                watchdog.enter("replay", done)
-                replay.verify(engine, world, step, micro_batches)
-            watchdog.enter("first step" if step == first_step else "step", done)
-            rate = learning_rate(recipe, step)
-            observed = recipe.evaluation.histograms_every_steps
-            before = engine.own_weights() if observed and done % observed == 0 else None
-            discard, asked = judge.left_out(done), (*requests.mine(), saves.asks())
-            result = engine.train_step(step, micro_batches, rate, discard=discard, requests=asked)
-            seconds = time.perf_counter() - began
-            watchdog.worked(result.own_seconds)
-            if (trace := profiler.after(done, max_steps)) is not None:
-                metrics.say(f"step {done:>6}/{max_steps}  profile {trace}")
-            if step == first_step:
-                timings.finished("first step")
-                metrics.say(f"start     {timings}")
-            action = judge.look(done, result)
-            tokens = sizes.at(step) * sequence_length
-            if result.applied or result.scaling:
-                metrics.step(
-                    {
-                        "step": done,
-                        "loss": result.losses.loss,
-                        "learning_rate": rate,
-                        "grad_norm": result.grad_norm,
-                        "tokens": result.losses.tokens,
-                        "samples": sizes.consumed(done),
-                        "step_seconds": seconds,
-                        "data_wait_seconds": waited,
-                        "tokens_per_second": tokens / seconds,
-                        "memory_bytes": world.memory_bytes(),
-                        "mfu": tokens / seconds * size.flops_a_token / (peak * world.size) if peak else None,
-                        **step_values(result.losses, data, sizes.consumed(done)),
-                    }
-                )
-            else:
-                metrics.left_out({"step": done, "samples": sizes.consumed(done), "left_out": True})
-            for name, distribution in engine.distributions(before) if before is not None else ():
-                metrics.distribution(done, name, distribution)
-            if action == "rollback":
-                next_port = world.agreed_port()
-                break
-            save_asked, stop_asked, minutes_over = (count > 0 for count in result.requests)
-            if due(recipe.evaluation.every_steps, done):
-                validate(done)
-            if saves.at(done, save_asked or stop_asked or minutes_over):
-                save(done, rate)
-            if save_asked or stop_asked:
-                checkpointer.wait()
-                requests.done()
-            if stop_asked and done < max_steps:
-                metrics.say(f"step {done:>6}/{max_steps}  ended on {requests.reason()}; the same command goes on")
-                status = EXIT_SAVED
-                break
-        if next_port is None:
-            checkpointer.close()
-    finally:
-        watchdog.close()
-        ahead.close()
-        checkpointer.settle()
-        metrics.close()
-    if world.is_first and not status and next_port is None:
+    ended = train(
+        Run(
+            output_dir=output_dir,
+            recipe=recipe,
+            world=world,
+            logger=logger,
+            data=data,
+            batches=batches,
+            engine=engine,
+            checkpointer=checkpointer,
+            history=history,
+            first_step=first_step,
+            drop=drop,
+            flops_a_token=size.flops_a_token,
+            verify_every=arguments.verify_every,
+            profile=arguments.profile,
+            hyperparameters=hyperparameters(recipe, model_type, size.parameters, in_words),
+        ),
+        interruption,
+        timings,
+    )
+    if world.is_first and not ended.status and ended.next_port is None:
         provenance.log_summary(
             output_dir, [corpus.shards for corpus in data.corpora], time.perf_counter() - started, logger
         )
     world.close()
     if held is not None:
         held.close()
-    if next_port is not None:
-        raise StartAgain(next_port)
-    return status
+    if ended.next_port is not None:
+        raise StartAgain(ended.next_port)
+    return ended.status
 
 
 def main(argv: list[str]) -> int:
@@ -379,7 +261,7 @@ def main(argv: list[str]) -> int:
             from pipeline.supervisor import supervise
 
             return supervise([sys.executable, *sys.orig_argv[1:]], arguments.max_restarts, os.environ)
-        return train(arguments, timings)
+        return run_to_the_end(arguments, timings)
     except UserError as error:
         # Every rank meets a mistake in the configuration; one line a machine says it.
         if isinstance(error, RankError):
@@ -389,7 +271,7 @@ def main(argv: list[str]) -> int:
         return 1
 
 
-def train(arguments: Arguments, timings: Timings) -> int:
+def run_to_the_end(arguments: Arguments, timings: Timings) -> int:
     """A run in this process: whatever ends it becomes an exit status."""
     interruption = Interruption()
     threading.Thread(target=follow_launcher, args=(interruption, GRACE_SECONDS), daemon=True).start()

@@ -3,13 +3,15 @@
 import math
 from typing import Any
 
+from pipeline.batch import BatchPlan
 from pipeline.data import Data
 from pipeline.engine import Losses
 from pipeline.recipe import Recipe
 
 
 def describe_data(data: Data, samples: int) -> list[str]:
-    """A line a corpus: where it is, what is planned of it, and its epochs in a run of `samples` samples."""
+    """A line a corpus: where it is, what is planned of it, and its epochs in a run of `samples` samples; and what could
+    not be checked."""
     consumed = data.train.order.consumed(samples)
     length = data.train.sequence_length
     lines = []
@@ -19,6 +21,18 @@ def describe_data(data: Data, samples: int) -> list[str]:
         lines.append(
             f"{named}{corpus.shards.folder}, {size:,} samples of {length} tokens ({packing}), {share / size:.2f} epochs"
         )
+    return [f"data      {line}" for line in (*lines, *data.notes)]
+
+
+def describe_batches(recipe: Recipe, batches: BatchPlan) -> list[str]:
+    """Batches and their ramp, and the samples that are passed over."""
+    sizes = recipe.training.batch_sizes
+    tokens = batches.global_batch_size * recipe.data.sequence_length
+    ramp = "".join(f", {size} from step {start + 1}" for start, size in sorted(sizes.stages.items()) if start)
+    lines = [f"batch     {batches}, {tokens:,} tokens a step{ramp}"]
+    if sizes.left_out:
+        passed = ", ".join(f"{count:,} before step {step + 1}" for step, count in sorted(sizes.left_out.items()))
+        lines.append(f"skipped   samples: {passed}")
     return lines
 
 

@@ -211,9 +211,14 @@ class World:
             raise UserError("rank 0 could not go on; its own error says why")
 
 
+def silence_accelerator_notice() -> None:
+    """Keeps DeepSpeed from warning, at its import, that there is no GPU: a run's own lines say what there is."""
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
+
+
 def init_distributed() -> World:
     """Starts the process group over the launcher's environment (NCCL on GPUs, gloo on CPUs)."""
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    silence_accelerator_notice()
     import deepspeed
     import torch
     from deepspeed.accelerator import get_accelerator

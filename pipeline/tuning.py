@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from data_prep import durable
 from data_prep.randomness import permute, seed_of
+from pipeline import dropout
 from pipeline.batch import BatchPlan
 from pipeline.ds_config import zero_stage
 from pipeline.engine import initialize_deepspeed, norm_of_gradients
@@ -88,6 +89,8 @@ class Tuner:
     ) -> None:
         self._task, self._batches, self._collate, self._world, self._seed = task, batches, collate, world, seed
         self._stage = zero_stage(ds_config)
+        if world.device.type == "cpu":
+            dropout.use_in(model)
         self.deepspeed, _, self._measures_norm = initialize_deepspeed(model, optimizer, ds_config)
         self._head = task.head(self.deepspeed, world.device)
         self.predictor = Predictor(self.deepspeed, self._head, collate, world, batches.micro_batch_size)

@@ -187,12 +187,13 @@ def test_a_cut_wire_ends_the_run_and_the_host_that_is_left_goes_on(hosts, on_one
     assert said.startswith("node-1: ") and "rank 1 did not answer: stopped, or the machine is gone" in said
 
     done = max(int(folder.name.removeprefix("step-")) for folder in (run / "checkpoints").glob("step-*"))
-    with Run(hosts, tmp_path, {"node-1": 2}, *arguments, "--training.max_steps", done + 2) as process:
+    with Run(hosts, tmp_path, {"node-1": 1}, *arguments, "--training.max_steps", done + 2) as process:
         assert process.status() == 0, process.output()
     output = process.output()
     assert f"resumed   from {run}/checkpoints/step-{done:08d}, after step {done}" in output and "hosts" not in output
     assert [record["step"] for record in metrics(run)] == list(range(1, done + 3))
-    assert numbers(run)[:4] == numbers(expected)
+    both = min(done, 4)  # steps that were taken on both hosts
+    assert numbers(run)[:both] == numbers(expected)[:both]
 
 
 def test_hosts_with_different_packages_are_named(hosts, on_one_host, tmp_path):
