@@ -23,9 +23,9 @@ from pipeline.ds_config import TORCH_DTYPES
 from pipeline.ema import ema_weights
 from pipeline.metrics import read_validation
 from pipeline.model import auto_class, longest_input
+from pipeline.ops import silence_accelerator_notice
 from pipeline.provenance import RUN_NAME, TOKENIZER_FOLDER, read_run
 from pipeline.recipe import Recipe, check_recipe
-from pipeline.startup import silence_accelerator_notice
 from pipeline.text_lines import bar
 from pipeline.vocabulary import strip_padding
 

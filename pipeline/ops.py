@@ -9,6 +9,7 @@ a host at a time under a lock that the kernel releases, and a `lock` that nobody
 import contextlib
 import fcntl
 import hashlib
+import logging
 import os
 import platform
 import subprocess
@@ -59,12 +60,18 @@ def extensions_folder() -> Path:
     return Path(cache) / "torch_extensions" / f"{name}_{environment}"
 
 
+def silence_accelerator_notice() -> None:
+    """Keeps DeepSpeed from warning, at its import, that there is no GPU: a run's own lines say what there is."""
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
+
+
 def configure_environment() -> None:
     """Sets TORCH_EXTENSIONS_DIR where the user has not, and puts the folder of this Python on PATH.
 
     torch starts `ninja` from PATH, and `.venv/bin/deepspeed` without activation does not have .venv/bin
     there.
     """
+    silence_accelerator_notice()
     os.environ["TORCH_EXTENSIONS_DIR"] = str(extensions_folder())
     # Not resolved: in a virtual environment the executable is a link to a Python elsewhere.
     programs = str(Path(sys.executable).parent)

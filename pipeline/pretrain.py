@@ -30,6 +30,7 @@ from pipeline.startup import (
     Timings,
     hold,
     leave,
+    seed_generators,
     set_environment,
     start_again,
     use_deterministic_algorithms,
@@ -63,6 +64,7 @@ def run(arguments: Arguments, timings: Timings, interruption: Interruption) -> i
 
     if arguments.deterministic:
         use_deterministic_algorithms()
+    seed_generators(recipe.seed)
     check_hosts_asked_for(os.environ, runner_arguments())
     world = init_distributed()
     output_dir = arguments.output_dir

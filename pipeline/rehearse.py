@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -202,8 +202,9 @@ def _rehearse(arguments: argparse.Namespace, overrides: tuple[str, ...]) -> int:
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty; remove it, or give another --output_dir")
     folder.mkdir(parents=True, exist_ok=True)
-    every = arguments.steps // 3
+    every, others = arguments.steps // 3, ranks // 2 if ranks > 1 else 2
     rehearsal = Rehearsal(arguments.recipe, arguments.deepspeed_config, arguments.steps, every, folder, overrides)
+    rehearsal = replace(rehearsal, ds_config=_of_one_micro_batch(rehearsal, max(ranks, others)))
     tables: list[tuple[str, list[Row]]] = []
     straight, killed = folder / "straight", folder / "killed"
     print(f"straight  {ranks} ranks, {arguments.steps} steps, a checkpoint every {every} ...", flush=True)
@@ -224,7 +225,6 @@ def _rehearse(arguments: argparse.Namespace, overrides: tuple[str, ...]) -> int:
         equal = ends[0][what] == ends[1][what]
         rows.append(Row(f"{what}, sha256", "equal" if equal else "different", equal))
     tables.append((f"killed behind step {done}, resumed from step {step}, {ranks} ranks", rows))
-    others = ranks // 2 if ranks > 1 else 2
     tables.append((f"resumed from step {step} on {others} ranks", _on(rehearsal, others, other, straight, info)))
     lost = 0
     for title, rows in tables:
@@ -237,6 +237,41 @@ def _rehearse(arguments: argparse.Namespace, overrides: tuple[str, ...]) -> int:
         shutil.rmtree(folder)
     print(f"\n{f'{lost} of these were lost; the runs are in {folder}' if lost else 'nothing was lost'}")
     return 1 if lost else 0
+
+
+def _of_one_micro_batch(rehearsal: Rehearsal, ranks: int) -> Path:
+    """A copy of the ds_config with the micro-batch that follows from it on so many ranks; itself where none fits.
+
+    Dropout is drawn by the micro-batch: runs on more and fewer ranks are comparable where that has one size.
+    """
+    import json
+
+    import torch
+
+    from pipeline.arguments import parse_arguments
+    from pipeline.batch import plan_batches
+    from pipeline.configuration import resolve
+
+    command = rehearsal.command(ranks, rehearsal.folder)
+    asked = parse_arguments(command[command.index("--deepspeed_config") :])
+    recipe, ds_config = resolve(asked.recipe, asked.overrides, asked.deepspeed_config)
+    sizes = recipe.training.batch_sizes
+    try:
+        batches = plan_batches(
+            ds_config,
+            source=str(rehearsal.ds_config),
+            global_batch_size=sizes.at(0),
+            later_sizes=tuple(size for start, size in sizes.stages.items() if start),
+            world_size=ranks,
+            sequence_length=recipe.data.sequence_length,
+            device="cuda" if torch.cuda.is_available() else "cpu",
+        )
+    except UserError:  # which the run on so many ranks will say itself
+        return rehearsal.ds_config
+    stated = json.loads(rehearsal.ds_config.read_bytes())
+    path = rehearsal.folder / "ds_config.json"
+    path.write_text(json.dumps({**stated, "train_micro_batch_size_per_gpu": batches.micro_batch_size}))
+    return path
 
 
 def _on(rehearsal: Rehearsal, ranks: int, run: Path, straight: Path, info: Any) -> list[Row]:

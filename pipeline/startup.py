@@ -89,6 +89,19 @@ def hold(output_dir: Path) -> IO[str]:
     return file
 
 
+def seed_generators(seed: int) -> None:
+    """Starts every global generator of this process alike in every run. Nothing of ours draws from them, but a library
+    may, and checkpoints keep them."""
+    import random
+
+    import numpy as np
+    import torch
+
+    random.seed(seed)
+    np.random.seed(seed % (1 << 32))
+    torch.manual_seed(seed)
+
+
 class RankError(UserError):
     """What this rank may have met alone, such as a shard that it cannot read: it says so itself."""
 
@@ -211,14 +224,8 @@ class World:
             raise UserError("rank 0 could not go on; its own error says why")
 
 
-def silence_accelerator_notice() -> None:
-    """Keeps DeepSpeed from warning, at its import, that there is no GPU: a run's own lines say what there is."""
-    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
-
-
 def init_distributed() -> World:
     """Starts the process group over the launcher's environment (NCCL on GPUs, gloo on CPUs)."""
-    silence_accelerator_notice()
     import deepspeed
     import torch
     from deepspeed.accelerator import get_accelerator

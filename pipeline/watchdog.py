@@ -129,7 +129,7 @@ class Watchdog:
         self._place = ("start", 0)
         self._since = time.monotonic()
         self._own: list[float] = []
-        self._closed = threading.Event()
+        self._closed, self._ending = threading.Event(), threading.Event()
         self._main = threading.main_thread().ident
         self._seen_ending = False
         self._stragglers = Stragglers()
@@ -157,7 +157,11 @@ class Watchdog:
         self._own = [*self._own[-15:], seconds]
 
     def close(self) -> None:
+        """Ends the watch. While it is ending this process it stays for that: the main thread, which another rank's end
+        may have woken with an error, must not leave before it is said what happened."""
         self._closed.set()
+        if self._ending.is_set():
+            threading.Event().wait(_ANSWER_SECONDS + _STORE_SECONDS + _LINGER_SECONDS + 1)
 
     def _limit(self, phase: str) -> float:
         return self._seconds * (_PATIENCE if phase in _PATIENT else 1.0)
@@ -213,6 +217,7 @@ class Watchdog:
 
     def _end(self, late: float) -> None:
         """Ends this process, whatever becomes of what it has to say."""
+        self._ending.set()
         try:
             self._report(late)
         finally:

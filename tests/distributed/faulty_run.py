@@ -18,7 +18,7 @@ import time  # noqa: E402
 from typing import Any  # noqa: E402
 
 from pipeline import pretrain  # noqa: E402
-from pipeline.startup import leave  # noqa: E402
+from pipeline.startup import leave, set_environment  # noqa: E402
 
 
 def inject(faults: list[dict[str, Any]], output_dir: Path, restarted: bool) -> None:
@@ -97,6 +97,7 @@ def main() -> int:
     at = argv.index("--faults")
     faults = json.loads(argv[at + 1])
     del argv[at : at + 2]
+    set_environment()  # before torch, which `inject` imports: its threads decide how sums are rounded
     inject(faults, Path(argv[argv.index("--output_dir") + 1]), argv[-2:] == ["--resume", "auto"])
     return pretrain.main(argv)
 
