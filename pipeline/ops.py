@@ -66,7 +66,8 @@ def silence_accelerator_notice() -> None:
 
 
 def configure_environment() -> None:
-    """Sets TORCH_EXTENSIONS_DIR where the user has not, and puts the folder of this Python on PATH.
+    """Before DeepSpeed is imported: sets TORCH_EXTENSIONS_DIR where the user has not, puts the folder of this Python on
+    PATH, and silences the notice of a missing GPU.
 
     torch starts `ninja` from PATH, and `.venv/bin/deepspeed` without activation does not have .venv/bin
     there.
