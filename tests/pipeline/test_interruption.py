@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import interruption
-from pipeline.interruption import SUPERVISED, Interruption, Requests, any_of, launcher_is_gone
+from pipeline.interruption import SUPERVISED, Interruption, Requests, launcher_is_gone
 from pipeline.startup import hold
 
 ROOT = Path(__file__).parents[2]
@@ -58,10 +58,6 @@ def test_files_are_seen_by_the_first_rank_once_and_what_was_left_by_another_run_
     assert requests.mine() == (True, False)
     requests.done()
     assert requests.mine() == (False, False) and not (tmp_path / "save").exists()
-
-
-def test_one_rank_is_enough():
-    assert any_of((0, 1)) == (False, True) and any_of((3, 0)) == (True, False)
 
 
 def test_a_shell_that_goes_takes_no_run_with_it(monkeypatch):
