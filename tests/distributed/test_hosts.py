@@ -184,7 +184,7 @@ def test_a_cut_wire_ends_the_run_and_the_host_that_is_left_goes_on(hosts, on_one
             wait_until(lambda: not any("pretrain.py" in host.run("ps", "-A", "-o", "args") for host in hosts))
     assert "pdsh@node-1-itself: node-2: ssh exited with exit code 255" in process.output()
     (said,) = [line for line in process.output().splitlines() if "error: no progress for" in line]
-    assert said.startswith("node-1: ") and "rank 1 did not answer: stopped, or the machine is gone" in said
+    assert said.startswith("node-1: ") and "rank 1 did not answer: stopped, or its machine is gone" in said
 
     done = max(int(folder.name.removeprefix("step-")) for folder in (run / "checkpoints").glob("step-*"))
     with Run(hosts, tmp_path, {"node-1": 1}, *arguments, "--training.max_steps", done + 2) as process:
