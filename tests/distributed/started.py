@@ -5,15 +5,13 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import psutil
-import pytest
 
-from tests.distributed.ranks import ROOT, Finished, free_port
+from tests.distributed.ranks import ROOT, free_port
 
 FAULTY_RUN = "tests/distributed/faulty_run.py"
 
@@ -33,38 +31,6 @@ def last_step(run: Path, rank: int) -> int:
 def last_digests(run: Path) -> list[dict[str, Any]]:
     """What both ranks say of their states around the last step."""
     return [lines(run / "digests" / f"rank_{rank}.jsonl")[-1] for rank in (0, 1)]
-
-
-def run_ranks(ranks: int, script: str, *arguments: object, check: bool = True) -> Finished:
-    """Ranks without the launcher, which costs 3 s: as it starts them, with the first status that is not 0.
-
-    With `check`, a failure fails the test.
-    """
-    port, processes = str(free_port()), []
-    with contextlib.ExitStack() as stack:
-        for rank in range(ranks):
-            variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_SIZE": ranks}
-            environment = {name: str(value) for name, value in variables.items()} | {"MASTER_ADDR": "127.0.0.1"}
-            files = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(2)]
-            process = subprocess.Popen(
-                [sys.executable, "-u", script, *map(str, arguments)],
-                cwd=ROOT,
-                env={**os.environ, **environment, "MASTER_PORT": port, "PYTHONPATH": str(ROOT)},
-                stdout=files[0],
-                stderr=files[1],
-            )
-            stack.callback(process.kill)
-            processes.append((process, files))
-        statuses = [process.wait(timeout=900) for process, _ in processes]
-        shown = ["", ""]
-        for _, files in processes:
-            for number, file in enumerate(files):
-                file.seek(0)
-                shown[number] += file.read()
-    finished = Finished(next((status for status in statuses if status), 0), *shown)
-    if check and finished.status:
-        pytest.fail(f"exit status {finished.status}\n{finished.stdout[-3000:]}\n{finished.stderr[-6000:]}")
-    return finished
 
 
 class Started:

@@ -9,8 +9,8 @@ import pytest
 from pipeline.checkpoint import list_checkpoints
 from pipeline.startup import hold
 from pipeline.trace import traced
-from tests.distributed.ranks import ROOT, ds_config_with, launch, metrics
-from tests.distributed.started import FAULTY_RUN, Started, last_digests, last_step, lines, run_ranks
+from tests.distributed.ranks import ROOT, ds_config_with, launch, metrics, run_ranks
+from tests.distributed.started import FAULTY_RUN, Started, last_digests, last_step, lines
 
 pytestmark = pytest.mark.ranks
 FP32 = str(ROOT / "ds_configs" / "zero2_fp32.json")

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from tests.distributed.ranks import ROOT, ds_config_with, free_port, metrics, pretrain
+from tests.distributed.ranks import ROOT, ds_config_with, free_port, launch, metrics, pretrain
 
 pytestmark = pytest.mark.ranks
 FP32 = str(ROOT / "ds_configs" / "zero2_fp32.json")
@@ -23,7 +23,7 @@ def finished(write_recipe, tmp_path_factory):
     """(recipe, run, what the terminal showed) of a short run on two ranks."""
     recipe = write_recipe("causal", evaluation={"every_steps": 2, "histograms_every_steps": 2})
     run = tmp_path_factory.mktemp("finished") / "run"
-    return recipe, run, pretrain(2, FP32, recipe, run)
+    return recipe, run, pretrain(2, FP32, recipe, run, start=launch)
 
 
 def test_metrics_have_every_field_of_every_step(finished):
@@ -104,7 +104,7 @@ def test_the_terminal_says_what_runs_and_what_came_of_it(finished):
 
 def test_a_dry_run_says_what_can_be_known_and_leaves_nothing(finished, tmp_path):
     recipe, _, _ = finished
-    shown = pretrain(2, FP32, recipe, tmp_path / "dry", "--dry_run").stdout
+    shown = pretrain(2, FP32, recipe, tmp_path / "dry", "--dry_run", start=launch).stdout
     for line in (
         "shards    18 files are there",
         "disk ",
