@@ -185,6 +185,7 @@ class Engine:
         """One optimizer step over this rank's micro-batches of step `step`.
 
         requests: what this rank asks all ranks for; they travel with the token counts, so all act after the same step.
+        discard: as if the loss were not finite.
 
         The loss is the sum over the target tokens of all ranks and micro-batches divided by their number (and the mean
         over the pairs, where there are any), and the gradients are those of that loss: each micro-batch's sum is
@@ -193,8 +194,7 @@ class Engine:
 
         Where a loss or the norm of the gradients is not finite, all ranks leave weights and optimizer as they are:
         every ZeRO stage measures the global norm before it touches them, plain fp32 does so here, and a loss that is
-        not finite makes its gradients such. discard: as if the loss were not finite. requests: what this rank asks
-        all ranks for; they travel with the token counts.
+        not finite makes its gradients such.
         """
         import torch
         from torch import distributed

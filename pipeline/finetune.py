@@ -97,7 +97,7 @@ def run_tasks(
     for name in tasks_of(arguments):
         settings = settings_of(arguments, name, ds_config)
         folder = output_dir / name if arguments.task == "glue" else output_dir
-        finished = _from_first(read_results(folder) if world.is_first else None)
+        finished = world.from_first(read_results(folder) if world.is_first else None)
         if finished is not None and not arguments.overwrite:
             if finished["settings"] != json.loads(json.dumps(asdict(settings))):
                 raise UserError(
@@ -267,16 +267,7 @@ def _build_model(task: "Task", folder: Path, tokenizer: Any, seed: int) -> Any:
 def _evaluate(task: "Task", tuner: Any, world: World) -> dict[str, float]:
     """Metrics on the dev sets, the same on every rank."""
     outputs = {name: tuner.predictor.outputs(samples, name) for name, samples in task.dev.items()}
-    return _from_first(task.metrics(outputs) if world.is_first else None)
-
-
-def _from_first(value: Any) -> Any:
-    """What rank 0 gives, on every rank."""
-    from torch import distributed
-
-    shared = [value]
-    distributed.broadcast_object_list(shared, 0)
-    return shared[0]
+    return world.from_first(task.metrics(outputs) if world.is_first else None)
 
 
 def _finish(

@@ -64,10 +64,7 @@ def difference(hosts: Sequence[tuple[str, Mapping[str, str]]]) -> str | None:
 
 def _of_hosts(world: World, mine: Any) -> list[tuple[str, Any]]:
     """(name, what its first rank gave) of every host, in the order of their ranks."""
-    from torch import distributed
-
-    gathered: list[Any] = [None] * world.size
-    distributed.all_gather_object(gathered, (socket.gethostname(), mine) if world.local_rank == 0 else None)
+    gathered = world.gather((socket.gethostname(), mine) if world.local_rank == 0 else None)
     return [host for host in gathered if host is not None]
 
 
@@ -90,11 +87,7 @@ def check_output_shared(world: World, output_dir: Path) -> None:
 
     Each rank writes its part of a checkpoint, and rank 0 commits what is there.
     """
-    from torch import distributed
-
-    name = [f".seen-by-all-{uuid.uuid4().hex}"]
-    distributed.broadcast_object_list(name, 0)
-    path = output_dir / name[0]
+    path = output_dir / world.from_first(f".seen-by-all-{uuid.uuid4().hex}")
     if world.is_first:
         path.touch()
     world.barrier()

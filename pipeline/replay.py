@@ -8,7 +8,7 @@ have to be equal bit by bit, so on GPUs only deterministic kernels will do.
 import socket
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from data_prep.errors import UserError
 from pipeline.digests import digest, weights
@@ -49,15 +49,12 @@ def verify(engine: Engine, world: World, step: int, batches: Sequence[DeviceBatc
 
     Raises UserError on every rank, naming those that computed two different gradients, or hold other weights.
     """
-    from torch import distributed
-
     repeated = all(
         is_repeatable(lambda index=index, batch=batch: engine.local_gradients(step, index, batch))  # type: ignore[misc]
         for index, batch in enumerate(batches)
     )
     mine = repeated, digest(weights(engine.deepspeed)), socket.gethostname()
-    gathered: list[Any] = [None] * world.size
-    distributed.all_gather_object(gathered, mine)
+    gathered = world.gather(mine)
     unequal = [rank for rank, (same, _, _) in enumerate(gathered) if not same]
     odd = outliers([found for _, found, _ in gathered])
     named = ", ".join(f"rank {rank} on {gathered[rank][2]}" for rank in unequal or odd)

@@ -122,8 +122,6 @@ class Watchdog:
     """
 
     def __init__(self, world: World, seconds: float, output_dir: Path, logger: logging.Logger) -> None:
-        import torch
-
         self._world, self._seconds, self._logger = world, seconds, logger
         self._stacks = output_dir / "logs" / f"rank_{world.rank}.stacks"
         self._place = ("start", 0)
@@ -136,8 +134,7 @@ class Watchdog:
         if not seconds:
             return
         # A process id means something to its own host alone.
-        self._processes: list[Any] = [None] * world.size
-        torch.distributed.all_gather_object(self._processes, (host_name(), os.getpid()))
+        self._processes = world.gather((host_name(), os.getpid()))
         self._interval = min(1.0, seconds / 10)
         for target in (self._beat, self._watch):
             threading.Thread(target=target, daemon=True).start()
